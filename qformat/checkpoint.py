@@ -1,0 +1,176 @@
+"""``open``: a model folder or a lone safetensors file, read-only, lazy, memory-mapped; packed by qformat or by others."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import files, manifest, weight
+from .dtypes import Array
+from .errors import DamagedError, QformatError, SurroundingsError, UsageError
+from .layout import Part
+from .manifest import Manifest
+from .records import read_json
+from .shards import Shard, Tensor
+from .weight import PackedWeight
+
+KEY = "quantization_config"
+
+
+class Checkpoint(Mapping[str, PackedWeight]):
+    """A mapping from the names of packed weights to :class:`PackedWeight`; ``tensors`` and ``array`` reach every tensor.
+
+    ``config`` is the model's config.json without its quantization settings, which are ``settings``; ``manifest`` is None for
+    a folder that qformat did not pack.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path if path.is_dir() else path.parent
+        self.weight_files = files.weight_files(path) if path.is_dir() else [path]
+        self.config = _read_config(path / files.CONFIG) if path.is_dir() else {}
+        self.shards = [_open_shard(file, path) for file in self.weight_files]
+        self.tensors: dict[str, Tensor] = {}
+        self._shard_of: dict[str, Shard] = {}
+        for shard in self.shards:
+            for name, tensor in shard.tensors.items():
+                if name in self.tensors:
+                    other = self._shard_of[name].path.name
+                    raise DamagedError("every tensor once", f"also in {other}", file=shard.path, weight=name)
+                self.tensors[name], self._shard_of[name] = tensor, shard
+        if path.is_dir() and (path / files.INDEX).is_file():
+            self._check_index(files.weight_map(path))
+        self.settings = self._settings()
+        self.manifest = self._manifest()
+
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
+        for name, file in weight_map.items():
+            if name not in self.tensors or self._shard_of[name].path != files.within(self.path, file):
+                raise DamagedError(f"the tensor in {file}, as the index says", "none", file=self.path / files.INDEX, weight=name)
+        for name in self.tensors.keys() - weight_map.keys():
+            raise DamagedError("every tensor in the index", "one that is not", file=self._shard_of[name].path, weight=name)
+
+    def _settings(self) -> Any:
+        """``quantization_config`` from the config, and from the header of a shard; both are equal where both are present."""
+        own = self.config.pop(KEY, None)
+        for shard in self.shards:
+            if KEY in shard.metadata:
+                try:
+                    found = read_json(shard.metadata[KEY])
+                except DamagedError as error:
+                    raise error.located(file=shard.path) from None
+                if own is not None and found != own:
+                    raise DamagedError(f"the {KEY} of config.json", "another one in __metadata__", file=shard.path)
+                own = found
+        return own
+
+    def _manifest(self) -> Manifest | None:
+        if not isinstance(self.settings, Mapping) or self.settings.get("quant_method") != manifest.METHOD:
+            return None
+        where = self.path / files.CONFIG if self.path.is_dir() else self.path
+        try:
+            found = manifest.read(self.settings)
+            self._entries = found.names(limit=len(self.tensors))
+        except QformatError as error:
+            raise error.located(file=where) from None
+        return found
+
+    @functools.cached_property
+    def packed_tensors(self) -> dict[str, str]:
+        """Tensor name -> the weight that it is a part of; a name that two weights claim is an error."""
+        out: dict[str, str] = {}
+        for name in self:
+            for part in self._layout(name):
+                tensor = f"{name}_{part.name}"
+                if tensor in out or tensor in self._entries:
+                    raise DamagedError("part names that no other tensor has", tensor, file=self.path, weight=name)
+                out[tensor] = name
+        return out
+
+    def _layout(self, name: str) -> list[Part]:
+        try:
+            return weight.layout(self._entries[name])
+        except QformatError as error:
+            raise error.located(file=self.path, weight=name) from None
+
+    @property
+    def weights(self) -> Mapping[str, PackedWeight]:
+        return self
+
+    def __getitem__(self, name: str) -> PackedWeight:
+        if self.manifest is None:
+            raise KeyError(name)
+        name = self.manifest.aliases.get(name, name)
+        entry = self._entries[name]
+        parts = {}
+        file = ""
+        for part in self._layout(name):
+            tensor = f"{name}_{part.name}"
+            if tensor not in self.tensors:
+                raise DamagedError(f"part {part.name}", "none", file=self.path, weight=name)
+            parts[part.name] = self.array(tensor)
+            file = str(self._shard_of[tensor].path)
+        weight.check_parts(entry, parts, name, file)
+        return PackedWeight(name, entry, parts, file)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries if self.manifest is not None else ())
+
+    def __len__(self) -> int:
+        return len(self._entries) if self.manifest is not None else 0
+
+    def array(self, name: str) -> Array:
+        """A read-only view of any tensor of the files."""
+        return self._shard_of[name].array(name)
+
+    def raw(self, name: str) -> Array:
+        """The bytes of any tensor, uint8."""
+        return self._shard_of[name].raw(name)
+
+    def file_of(self, name: str) -> Path:
+        return self._shard_of[name].path
+
+    @property
+    def dense(self) -> list[str]:
+        """Names of the tensors that are no part of a packed weight."""
+        packed = self.packed_tensors
+        return [name for name in self.tensors if name not in packed]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+
+def open(path: str | Path) -> Checkpoint:
+    """A model folder, or a safetensors file, for reading.
+
+    Raises :class:`UsageError` where there is none, :class:`DamagedError` or :class:`UnsupportedError` for what is in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError("a folder or file", "none", file=path)
+    try:
+        return Checkpoint(path)
+    except OSError as error:
+        raise SurroundingsError(f"readable files: {error.strerror}", file=error.filename or path) from None
+
+
+def _open_shard(file: Path, path: Path) -> Shard:
+    if not file.exists():
+        raise DamagedError("the weight file that the index names", "none", file=file)
+    return Shard(file)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = read_json(path.read_bytes())
+        if not isinstance(config, dict):
+            raise DamagedError("a JSON object", type(config).__name__)
+    except DamagedError as error:
+        raise error.located(file=path) from None
+    return config

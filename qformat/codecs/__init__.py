@@ -1,0 +1,45 @@
+"""The codecs: one module each, found by name. Adding one adds files with its name and a line in ``NAMES``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..dtypes import Array
+from ..errors import UnsupportedError
+from ..layout import Part
+from ..records import Record, read_record
+
+NAMES = ("int", "table", "trellis")
+
+
+class Codec(Protocol):
+    """What every codec module holds. ``shape`` is always the matrix ``(out, in)``; parts are NumPy arrays."""
+
+    NAME: str
+    Params: type[Record]
+
+    @staticmethod
+    def layout(params: Any, shape: tuple[int, int]) -> list[Part]: ...
+    @staticmethod
+    def decode(params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> Array: ...
+    @staticmethod
+    def encode(params: Any, weight: Array) -> dict[str, Array]: ...
+    @staticmethod
+    def check(params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> None: ...
+    @staticmethod
+    def preset(bits: float) -> dict[str, Any]: ...
+
+
+def get(name: str) -> Codec:
+    """The codec module called ``name``; :class:`UnsupportedError` (exit 4) where there is none."""
+    if name not in NAMES:
+        raise UnsupportedError(f"one of the codecs {', '.join(NAMES)}", repr(name), hint="a newer qformat may know it")
+    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+
+
+def read_params(term: Mapping[str, Any]) -> tuple[Codec, Record]:
+    """A term as JSON, ``{"codec": ..., param: ...}`` without its ``outside`` key -> the codec and its validated params."""
+    codec = get(str(term.get("codec")))
+    return codec, read_record(codec.Params, {key: value for key, value in term.items() if key != "codec"})

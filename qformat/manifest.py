@@ -1,0 +1,188 @@
+"""The manifest: ``config.json["quantization_config"]``, what says how each weight is packed. Page: ``spec/README.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from . import codecs, names
+from .errors import DamagedError, UnsupportedError
+from .records import Record, read_record, write_record
+from .rotation import Rotation
+
+VERSION = "0.1"
+METHOD = "qformat"
+Label = Literal["bit-exact", "value-exact", "rounded", "requantized", "quantized"]
+Size = Annotated[int, Meta(ge=1, le=1 << 40)]
+Term = dict[str, Any]
+
+
+class Entry(Record, frozen=True, kw_only=True):
+    """What all weights of one shape, packed alike, share.
+
+    ``stack`` leading axes of ``shape`` number matrices; the next axis is out, all further ones together are in.
+    ``transposed``: the model holds the last two axes the other way round than the codecs see them.
+    """
+
+    weights: Annotated[tuple[str, ...], Meta(min_length=1)]
+    shape: Annotated[tuple[Size, ...], Meta(min_length=2, max_length=8)]
+    dtype: Literal["float16", "bfloat16", "float32"]
+    terms: Annotated[tuple[Term, ...], Meta(min_length=1, max_length=16)]
+    label: Label = "quantized"
+    stack: Annotated[int, Meta(ge=0, le=4)] = 0
+    stored_shape: Annotated[tuple[Size, ...], Meta(min_length=2, max_length=8)] | None = None
+    transposed: bool = False
+    sum_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    rotation: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) < self.stack + 2:
+            raise DamagedError(f"a shape with {self.stack} leading axes before out and in", str(list(self.shape)))
+        if self.transposed and len(self.shape) != self.stack + 2:
+            raise DamagedError("transposed weights with one axis in", str(list(self.shape)))
+        stored = self.stored_shape
+        if stored is not None:
+            small = len(stored) == len(self.shape) and all(a >= b for a, b in zip(stored, self.shape, strict=True))
+            if not small or stored[: self.stack] != self.shape[: self.stack] or len(self.shape) != self.stack + 2:
+                raise DamagedError(f"a stored_shape that pads {list(self.shape)}", str(list(stored)))
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Entries, true ties, and what is kept for others. ``extra`` holds top-level keys that this version does not know."""
+
+    entries: tuple[Entry, ...]
+    aliases: dict[str, str] = {}
+    activations: Any = None
+    kv_cache: Any = None
+    provenance: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+
+    def names(self, limit: int) -> dict[str, Entry]:
+        """Weight name -> entry; :class:`DamagedError` for more than ``limit`` names or one that stands twice."""
+        out: dict[str, Entry] = {}
+        for entry in self.entries:
+            for name in names.expand(entry.weights, limit - len(out)):
+                if name in out:
+                    raise DamagedError("every weight in one entry", "in two", weight=name)
+                out[name] = entry
+        return out
+
+
+_KNOWN = ("quant_method", "version", "entries", "aliases", "activations", "kv_cache", "provenance")
+
+
+def read(data: Any) -> Manifest:
+    """The JSON object of a manifest, checked down to every codec's params.
+
+    Raises :class:`UnsupportedError` for another version or an unknown codec, :class:`DamagedError` for the rest.
+    """
+    if not isinstance(data, Mapping) or data.get("quant_method") != METHOD:
+        raise DamagedError(f'quant_method "{METHOD}"', repr(data.get("quant_method") if isinstance(data, Mapping) else data))
+    if data.get("version") != VERSION:
+        raise UnsupportedError(f"format version {VERSION}", repr(data.get("version")), hint="another qformat may read it")
+    if not isinstance(data.get("entries"), list):
+        raise DamagedError("a list of entries", type(data.get("entries")).__name__)
+    entries = tuple(_entry(item) for item in data["entries"])
+    for key, kind in (("aliases", Mapping), ("provenance", Mapping)):
+        if not isinstance(data.get(key, {}), kind):
+            raise DamagedError(f"{key} as an object", type(data[key]).__name__)
+    aliases = dict(data.get("aliases", {}))
+    if not all(isinstance(name, str) for name in aliases.values()):
+        raise DamagedError("aliases from names to names")
+    return Manifest(
+        entries=entries,
+        aliases=aliases,
+        activations=data.get("activations"),
+        kv_cache=data.get("kv_cache"),
+        provenance=dict(data.get("provenance", {})),
+        extra={key: value for key, value in data.items() if key not in _KNOWN},
+    )
+
+
+def _entry(item: Any) -> Entry:
+    if not isinstance(item, Mapping):
+        raise DamagedError("an entry as an object", type(item).__name__)
+    first = str(item["weights"][0]) if isinstance(item.get("weights"), list) and item["weights"] else ""
+    try:
+        entry = read_record(Entry, item)
+        for term in entry.terms:
+            read_term(term)
+    except (DamagedError, UnsupportedError) as error:
+        raise error.located(weight=first) from None
+    return entry
+
+
+def read_term(term: Term) -> tuple[codecs.Codec, Record, bool]:
+    """A term as JSON -> codec, params, whether it is added outside the rotation."""
+    outside = term.get("outside", False)
+    if not isinstance(outside, bool):
+        raise DamagedError("outside true or false", repr(outside))
+    codec, params = codecs.read_params({key: value for key, value in term.items() if key != "outside"})
+    return codec, params, outside
+
+
+def write(manifest: Manifest) -> dict[str, Any]:
+    """The JSON object; entries in the natural order of their first weight."""
+    entries = sorted((write_record(entry) for entry in manifest.entries), key=lambda e: names.natural(e["weights"][0]))
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "entries": entries,
+        **({"aliases": manifest.aliases} if manifest.aliases else {}),
+        "activations": manifest.activations,
+        **({"kv_cache": manifest.kv_cache} if manifest.kv_cache is not None else {}),
+        "provenance": manifest.provenance,
+        **manifest.extra,
+    }
+
+
+def group(weights: Iterable[tuple[str, Entry]]) -> tuple[Entry, ...]:
+    """Entries of single weights -> one entry for all that are alike but for the name."""
+    alike: dict[str, tuple[Entry, list[str]]] = {}
+    for name, entry in weights:
+        plain = write_record(entry)
+        del plain["weights"]
+        alike.setdefault(json.dumps(plain, sort_keys=True), (entry, []))[1].append(name)
+    return tuple(msgspec.structs.replace(entry, weights=tuple(names.compress(found))) for entry, found in alike.values())
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the manifest, made from the types; ``spec/manifest.schema.json`` is this."""
+    kinds = [Entry, *(codecs.get(name).Params for name in codecs.NAMES)]
+    (entry, *params), components = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
+    definitions = dict(components)
+    terms = []
+    for name, reference in zip(codecs.NAMES, params, strict=True):
+        term = _inline(reference, definitions)
+        term = {**term, "title": f"a term of codec {name}"}
+        term["properties"] = {"codec": {"const": name}, "outside": {"type": "boolean", "default": False}, **term["properties"]}
+        term["required"] = ["codec", *term.get("required", [])]
+        terms.append(term)
+    record = _inline(entry, definitions)
+    record["properties"]["terms"]["items"] = {"oneOf": terms}
+    any_object = {"type": "object"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"qformat manifest, version {VERSION}",
+        "type": "object",
+        "properties": {
+            "quant_method": {"const": METHOD},
+            "version": {"const": VERSION},
+            "entries": {"type": "array", "items": record},
+            "aliases": {"type": "object", "additionalProperties": {"type": "string"}},
+            "activations": {},
+            "kv_cache": {},
+            "provenance": any_object,
+        },
+        "required": ["quant_method", "version", "entries"],
+        "$defs": {key: value for key, value in definitions.items() if not key.endswith("Params") and key != "Entry"},
+    }
+
+
+def _inline(reference: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    found = json.loads(json.dumps(definitions[reference["$ref"].rpartition("/")[2]]))
+    return dict(found)

@@ -1,0 +1,125 @@
+"""Rotations: ``W = diag(out.scale) · P_out · U_out · Ŵ · U_inᵀ · P_inᵀ · diag(in.scale)``, Ŵ the stored matrix.
+
+U is block-diagonal: orthonormal Sylvester-Hadamard blocks of ``size``, or copies of the stored ``matrix`` [size, size]. A
+permutation places: ``(X · Pᵀ)[:, perm[j]] = X[:, j]``, rows alike. Page: ``spec/README.md``, Rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Annotated, Literal
+
+import numpy as np
+from msgspec import Meta
+
+from .dtypes import Array
+from .errors import DamagedError, UnsupportedError
+from .layout import Part
+from .records import Record
+
+SIDES = ("in", "out")
+
+
+class Side(Record, frozen=True, kw_only=True):
+    """One side of a rotation. The values of ``scale``, ``perm`` and ``matrix`` are the dtypes of their parts."""
+
+    size: Annotated[int, Meta(ge=1)] = 1
+    scale: Literal["float16", "bfloat16", "float32", "int8"] | None = None
+    perm: Literal["int32"] | None = None
+    matrix: Literal["float16", "bfloat16", "float32", "float64"] | None = None
+
+
+class Rotation(Record, frozen=True, kw_only=True, rename={"in_": "in"}):
+    in_: Side | None = None
+    out: Side | None = None
+
+    def sides(self) -> list[tuple[str, Side]]:
+        return [(name, side) for name, side in (("in", self.in_), ("out", self.out)) if side is not None]
+
+
+def layout(rotation: Rotation, shape: tuple[int, int]) -> list[Part]:
+    """The parts of a rotation of a stored matrix of ``shape``: ``in_scale``, ``out_perm``, ..."""
+    parts = []
+    for name, side in rotation.sides():
+        length = shape[1] if name == "in" else shape[0]
+        if length % side.size:
+            raise DamagedError(f"a rotation size that divides {length}", str(side.size))
+        if side.matrix is None and side.size & (side.size - 1):
+            raise UnsupportedError("a Hadamard size that is a power of two", str(side.size))
+        along = {"in_axis": 0, "in_unit": Fraction(1)} if name == "in" else {"out_axis": 0, "out_unit": Fraction(1)}
+        for part in ("scale", "perm"):
+            if (dtype := getattr(side, part)) is not None:
+                parts.append(Part(f"{name}_{part}", dtype, (length,), **along))  # type: ignore[arg-type]
+        if side.matrix is not None:
+            parts.append(Part(f"{name}_matrix", side.matrix, (side.size, side.size)))
+    return parts
+
+
+def hadamard(columns: Array, size: int) -> Array:
+    """Multiply by the orthonormal block-diagonal Sylvester matrix along the last axis; it is symmetric, its own inverse."""
+    if size == 1:
+        return columns
+    shape, half = columns.shape, 1
+    while half < size:
+        pairs = columns.reshape(-1, shape[-1] // (2 * half), 2, half)
+        columns = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
+        half *= 2
+    out: Array = columns.reshape(shape) / np.sqrt(columns.dtype.type(size))
+    return out
+
+
+def _turn(columns: Array, side: Side, matrix: Array | None, inverse: bool) -> Array:
+    """X · Uᵀ (or X · U for the inverse) for X = columns [..., length]."""
+    if matrix is None:
+        return hadamard(columns, side.size)
+    turn = matrix.astype(np.float64)
+    blocked = columns.reshape(*columns.shape[:-1], -1, side.size)
+    out: Array = (blocked @ (turn if inverse else turn.T)).reshape(columns.shape)
+    return out
+
+
+def undo(rotation: Rotation, stored: Array, parts: Mapping[str, Array]) -> Array:
+    """Ŵ [out, in] -> W in float64."""
+    weight = stored.astype(np.float64)
+    for name, side in rotation.sides():
+        weight = weight if name == "in" else weight.T
+        weight = _turn(weight, side, parts.get(f"{name}_matrix"), inverse=False)
+        if side.perm is not None:
+            placed = np.empty_like(weight)
+            placed[:, parts[f"{name}_perm"]] = weight
+            weight = placed
+        if side.scale is not None:
+            weight = weight * parts[f"{name}_scale"].astype(np.float64)
+        weight = weight if name == "in" else weight.T
+    return weight
+
+
+def apply(rotation: Rotation, weight: Array, parts: Mapping[str, Array]) -> Array:
+    """W [out, in] -> the Ŵ that :func:`undo` takes back to it, float64; a scale of 0 leaves zeros."""
+    stored = weight.astype(np.float64)
+    for name, side in rotation.sides():
+        stored = stored if name == "in" else stored.T
+        if side.scale is not None:
+            scale = parts[f"{name}_scale"].astype(np.float64)
+            stored = stored * np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        if side.perm is not None:
+            stored = stored[:, parts[f"{name}_perm"]]
+        stored = _turn(stored, side, parts.get(f"{name}_matrix"), inverse=True)
+        stored = stored if name == "in" else stored.T
+    return stored
+
+
+def check(rotation: Rotation, parts: Mapping[str, Array]) -> None:
+    """Raise :class:`DamagedError` for a scale that is not finite, a perm that is none, a matrix that is not orthogonal."""
+    for name, side in rotation.sides():
+        if side.scale is not None and not np.isfinite(parts[f"{name}_scale"].astype(np.float32)).all():
+            raise DamagedError(f"a finite {name}_scale")
+        if side.perm is not None:
+            perm = parts[f"{name}_perm"]
+            if not np.array_equal(np.sort(perm), np.arange(len(perm))):
+                raise DamagedError(f"{name}_perm with every index from 0 to {len(perm) - 1} once")
+        if side.matrix is not None:
+            matrix = parts[f"{name}_matrix"].astype(np.float64)
+            if not np.abs(matrix @ matrix.T - np.eye(len(matrix))).max() < 1e-2:
+                raise DamagedError(f"an orthogonal {name}_matrix")
