@@ -138,6 +138,10 @@ class Checkpoint(Mapping[str, PackedWeight]):
         packed = self.packed_tensors
         return [name for name in self.tensors if name not in packed]
 
+    def files(self) -> list[files.File]:
+        """Every file of the folder, with what becomes of it when the model is converted."""
+        return files.survey(self.path, self.weight_files) if self.path.is_dir() else []
+
     @property
     def nbytes(self) -> int:
         """Bytes of all shards."""

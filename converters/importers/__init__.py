@@ -1,0 +1,40 @@
+"""Importers: one module a foreign scheme, with ``NAME``, ``detect(source)`` and ``plan(source)``.
+
+Adding one adds a file and a line in ``NAMES``. ``detect`` says why the folder is of the scheme, or nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+from qformat.checkpoint import Checkpoint
+from qformat.errors import UnsupportedError, UsageError
+
+from ..plan import Plan
+
+NAMES = ("qformat", "gptq", "exl3", "dense")  # in this order; dense is what is left
+
+
+class Importer(Protocol):
+    NAME: str
+
+    @staticmethod
+    def detect(source: Checkpoint) -> str: ...
+    @staticmethod
+    def plan(source: Checkpoint) -> Plan: ...
+
+
+def get(name: str) -> Importer:
+    if name not in NAMES:
+        raise UsageError(f"--from one of {', '.join(NAMES)}", name)
+    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+
+
+def find(source: Checkpoint) -> tuple[Importer, str]:
+    """The importer for a source and why; :class:`UnsupportedError` where its settings name a scheme that none knows."""
+    for name in NAMES:
+        if reason := get(name).detect(source):
+            return get(name), reason
+    method = source.settings.get("quant_method") if isinstance(source.settings, dict) else source.settings
+    raise UnsupportedError(f"one of the schemes {', '.join(NAMES)}", repr(method), file=source.path)

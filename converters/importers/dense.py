@@ -1,0 +1,24 @@
+"""A folder of ordinary float tensors: everything goes through."""
+
+from __future__ import annotations
+
+from qformat.checkpoint import Checkpoint
+from qformat.errors import DamagedError
+
+from ..plan import Plan, passed
+
+NAME = "dense"
+PACKED_NAMES = ("qweight", "qzeros", "trellis", "weight_packed", "codes", "Qidxs", "B")  # last components that no float model has
+
+
+def detect(source: Checkpoint) -> str:
+    if source.settings is not None:
+        return ""
+    packed = [name for name in source.tensors if name.rpartition(".")[2] in PACKED_NAMES]
+    if packed:
+        raise DamagedError("float tensors, as no quantization settings were found", packed[0], file=source.file_of(packed[0]))
+    return "no quantization settings, no packed tensors"
+
+
+def plan(source: Checkpoint) -> Plan:
+    return Plan(scheme=NAME, items=tuple(passed(source, source.tensors)), config=source.config)
