@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qformat import checkpoint
-from qformat.errors import QformatError
 
-from . import exporters, importers
-from .plan import Plan
+from . import exporters
+from .importers import read
 from .report import summary
-from .write import Progress, timed, write
+from .write import Progress, account, timed, write
 
 
 def convert(
@@ -31,27 +30,18 @@ def convert(
     """
     started = time.perf_counter()
     opened = checkpoint.open(source)
-    plan, reason = read(opened, scheme)
+    plan, found, reason = read(opened, scheme)
+    coverage = account(opened, plan)
     exporter = exporters.get(to)
     target = Path(target)
-    coverage = write(
-        opened, exporter.plan(plan, dtype), target, packed=exporter.PACKED, overwrite=overwrite, progress=progress
-    )
-    done = checkpoint.open(target)
+    exported = exporter.plan(plan, dtype)
+    write(opened, exported, target, coverage, packed=exporter.PACKED, overwrite=overwrite, progress=progress)
     return {
-        **summary(done, coverage),
-        "from": plan.scheme,
+        **summary(checkpoint.open(target), coverage),
+        "from": found,
         "because": reason,
         "notes": list(plan.notes),
         "files": [file._asdict() for file in opened.files()],
         "seconds": timed(started),
     }
 
-
-def read(opened: checkpoint.Checkpoint, scheme: str | None = None) -> tuple[Plan, str]:
-    """The plan of a source and why that importer was taken."""
-    importer, reason = (importers.get(scheme), "--from") if scheme else importers.find(opened)
-    try:
-        return importer.plan(opened), reason
-    except QformatError as error:
-        raise error.located(file=opened.path) from None

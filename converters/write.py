@@ -31,18 +31,18 @@ def write(
     source: Checkpoint,
     plan: Plan,
     target: Path,
+    coverage: Mapping[str, Any],
     *,
     packed: bool,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write ``plan``, made from ``source``, to the folder ``target``; returns the coverage: how each source tensor ended.
+) -> None:
+    """Write ``plan``, made from ``source``, to the folder ``target``; ``coverage`` is what :func:`account` said of the import.
 
     ``packed``: with a manifest. Raises :class:`UsageError` where the target exists and ``overwrite`` is not given.
     """
-    coverage = account(source, plan)
     items = sorted(plan.items, key=lambda item: names.natural(item.name))
     with staged(target, overwrite) as folder:
         try:
@@ -69,7 +69,6 @@ def write(
                 _copy(source, folder)
         except OSError as error:
             raise SurroundingsError(f"a target that can be written: {error.strerror}", file=target) from None
-    return coverage
 
 
 def account(source: Checkpoint, plan: Plan) -> dict[str, Any]:

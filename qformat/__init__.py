@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 
 __version__ = "0.1.0"
@@ -13,3 +14,24 @@ _root = pathlib.Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").is_file() and (_root / "converters").is_dir():
     # In a checkout `converters`, `runtime`, `kernels` and `spec` lie beside this package; installed they lie inside it.
     __path__.append(str(_root))
+
+_LAZY = {
+    "open": "qformat.checkpoint",
+    "convert": "qformat.converters.convert",
+    "quantize": "qformat.converters.quantize.job",
+    "inspect": "qformat.converters.report",
+    "verify": "qformat.converters.report",
+    "load": "qformat.runtime.huggingface",
+    "evaluate": "qformat.runtime.evaluate",
+    "export": "qformat.runtime.ort.export",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

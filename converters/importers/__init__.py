@@ -9,11 +9,11 @@ import importlib
 from typing import Protocol
 
 from qformat.checkpoint import Checkpoint
-from qformat.errors import UnsupportedError, UsageError
+from qformat.errors import QformatError, UnsupportedError, UsageError
 
 from ..plan import Plan
 
-NAMES = ("qformat", "gptq", "exl3", "dense")  # in this order; dense is what is left
+NAMES = ("qformat", "dense")  # tried in this order; dense is what is left
 
 
 class Importer(Protocol):
@@ -38,3 +38,12 @@ def find(source: Checkpoint) -> tuple[Importer, str]:
             return get(name), reason
     method = source.settings.get("quant_method") if isinstance(source.settings, dict) else source.settings
     raise UnsupportedError(f"one of the schemes {', '.join(NAMES)}", repr(method), file=source.path)
+
+
+def read(source: Checkpoint, scheme: str | None = None) -> tuple[Plan, str, str]:
+    """The plan of a source, the name of its importer (``scheme``, or the one that is found), and why that one."""
+    importer, reason = (get(scheme), "--from") if scheme else find(source)
+    try:
+        return importer.plan(source), importer.NAME, reason
+    except QformatError as error:
+        raise error.located(file=source.path) from None

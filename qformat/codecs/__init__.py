@@ -15,7 +15,11 @@ NAMES = ("int", "table", "trellis")
 
 
 class Codec(Protocol):
-    """What every codec module holds. ``shape`` is always the matrix ``(out, in)``; parts are NumPy arrays."""
+    """What every codec module holds. ``shape`` is always the matrix ``(out, in)``; parts are NumPy arrays.
+
+    ``preset`` gives the params for ``quantize --bits BITS``; ``rotated`` weights are Gaussian, with one variance throughout.
+    ``units(params)`` are the rows and columns that the stored matrix must be padded to multiples of, to be encoded.
+    """
 
     NAME: str
     Params: type[Record]
@@ -29,7 +33,9 @@ class Codec(Protocol):
     @staticmethod
     def check(params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> None: ...
     @staticmethod
-    def preset(bits: float) -> dict[str, Any]: ...
+    def units(params: Any) -> tuple[int, int]: ...
+    @staticmethod
+    def preset(bits: float, rotated: bool) -> dict[str, Any]: ...
 
 
 def get(name: str) -> Codec:

@@ -155,7 +155,12 @@ def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) ->
             raise DamagedError(f"groups from 0 to {count - 1}", str(int(worst[0])))
 
 
-def preset(bits: float) -> dict[str, Any]:
+def units(params: Params) -> tuple[int, int]:
+    """Any matrix can be encoded."""
+    return 1, 1
+
+
+def preset(bits: float, rotated: bool) -> dict[str, Any]:
     """The params for ``quantize --codec int --bits BITS``: symmetric, 64 columns a scale."""
     if bits != int(bits) or not 1 <= bits <= 8:
         raise UnsupportedError("whole bits from 1 to 8 for int", f"{bits:g}")

@@ -173,8 +173,22 @@ def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) ->
     blocks.check_finite({name: parts[name] for name in ("scales", "table") if name in parts})
 
 
-def preset(bits: float) -> dict[str, Any]:
-    """The params for ``quantize --codec table --bits BITS``: the optimal scalar quantizer, 64 columns a scale."""
+def units(params: Params) -> tuple[int, int]:
+    """Columns come p at a time."""
+    return 1, params.p
+
+
+VECTOR_GRIDS = {2: "gauss-p4-n256", 3: "higgs-p2-n64", 4: "higgs-p2-n256"}  # bits -> the best grid for a Gaussian weight
+
+
+def preset(bits: float, rotated: bool) -> dict[str, Any]:
+    """The params for ``quantize --codec table --bits BITS``: the optimal scalar quantizer with 64 columns a scale; for a rotated
+    weight a vector grid (HIGGS) and one scale.
+    """
     if bits != int(bits) or not 1 <= bits <= 8:
         raise UnsupportedError("whole bits from 1 to 8 for table", f"{bits:g}", hint="--set bits=, p= and table= reach others")
-    return {"bits": int(bits), "table": f"gauss-p1-n{2 ** int(bits)}", "block": [1, 64], "scales": "float16"}
+    if not rotated:
+        return {"bits": int(bits), "table": f"gauss-p1-n{2 ** int(bits)}", "block": [1, 64], "scales": "float16"}
+    grid = VECTOR_GRIDS.get(int(bits), f"gauss-p1-n{2 ** int(bits)}")
+    p = tables.named(grid).shape[1]
+    return {"bits": int(bits) * p, "p": p, "table": grid, "block": [-1, -1], "scales": "float16"}

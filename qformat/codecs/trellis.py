@@ -211,16 +211,21 @@ def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) ->
 ORDERS = {1: "c0 c1 c2 c3 r0 r1 r2 r3", 2: "c2 c3 c0 c1 r0 r1 r2 r3", 3: "c0 c1 r0 r1 r2 r3 c2 c3", 4: "c2 c0 c1 r0 r1 r2 r3 c3"}
 
 
-def preset(bits: float) -> dict[str, Any]:
+def units(params: Params) -> tuple[int, int]:
+    """Rows and columns come in whole tiles."""
+    return params.tile
+
+
+def preset(bits: float, rotated: bool) -> dict[str, Any]:
     """The params for ``quantize --codec trellis --bits BITS``: the code ``hash`` at 2 to 4 bits with L = 12, else ``mul1`` with
-    L = 16. A fraction of eighths alternates between neighbouring widths.
+    L = 16. A fraction of eighths alternates between neighbouring widths. One scale for a rotated weight, else one a row.
     """
     if not 1 <= bits <= 8 or bits * 8 != int(bits * 8):
         raise UnsupportedError("eighths of bits from 1 to 8 for trellis", f"{bits:g}")
     widths = _widths(bits)
     order = ORDERS.get(widths[0] if len(widths) == 1 else 1, ORDERS[1])
     code = states.hash_preset(widths[0]) if widths in ([2], [3], [4]) else {"L": 16, "code": "mul1"}
-    return {"bits": widths, "order": order, **code}
+    return {"bits": widths, "order": order, **code, "block": [-1, -1] if rotated else [1, -1], "scales": "float16"}
 
 
 def _widths(bits: float) -> list[int]:

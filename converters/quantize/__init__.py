@@ -1,0 +1,1 @@
+"""Quantizing dense weights: which (``select``), how (``recipe``), one weight (``weight``), a model (``job``)."""

@@ -1,0 +1,77 @@
+"""``quantize``: a dense model -> a packed one, weight by weight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qformat import checkpoint, codecs
+from qformat.checkpoint import Checkpoint
+from qformat.errors import UsageError
+from qformat.manifest import read_term
+
+from .. import report
+from ..importers import read
+from ..plan import Item, Plan
+from ..write import Progress, account, timed, write
+from .select import TRANSPOSED_EXPERTS, select
+from .weight import Rotate, entry_of, pack
+
+ROTATED = ("trellis",)  # codecs that are made for Gaussian weights: rotated unless told otherwise
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    codec: str,
+    bits: float,
+    settings: Mapping[str, Any] | None = None,
+    rotate: Rotate | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Pack the linear and expert matrices of a dense model with one codec. ``settings`` override the preset's params.
+
+    Returns the report that ``qformat quantize --json`` prints.
+    """
+    opened = checkpoint.open(source)
+    dense, found, _ = read(opened)
+    if found != "dense":
+        raise UsageError("a dense model", found, file=opened.path, hint="`qformat convert SRC DST --to dense` makes one")
+    rotate = rotate or ("hadamard" if codec in ROTATED else "none")
+    term = {"codec": codec, **codecs.get(codec).preset(bits, rotate == "hadamard"), **(settings or {})}
+    read_term(term)
+    chosen = select(opened, include, exclude)
+    if not chosen:
+        raise UsageError("weights to pack", "none", file=opened.path, hint="--include takes globs of tensor names")
+    plan = _plan(opened, dense, set(chosen), term, rotate)
+    started = time.perf_counter()
+    coverage = account(opened, plan)
+    write(opened, plan, Path(target), coverage, packed=True, overwrite=overwrite, progress=progress)
+    seconds = timed(started)
+    return {**report.summary(checkpoint.open(target), coverage), "term": term, "rotate": rotate, "seconds": seconds}
+
+
+def _plan(source: Checkpoint, dense: Plan, chosen: set[str], term: Mapping[str, Any], rotate: Rotate) -> Plan:
+    transposed = source.config.get("model_type") in TRANSPOSED_EXPERTS
+    items = []
+    for item in dense.items:
+        if item.name not in chosen:
+            items.append(item)
+            continue
+        tensor = source.tensors[item.name]
+        fused = len(tensor.shape) - 2
+        dtype = tensor.dtype if tensor.dtype != "float64" else "float32"
+        entry = entry_of(item.name, tensor.shape, dtype, term, rotate, stack=fused, transposed=bool(fused and transposed))
+        items.append(_packed(source, item, entry))
+    return replace(dense, items=tuple(items))
+
+
+def _packed(source: Checkpoint, item: Item, entry: Any) -> Item:
+    return replace(item, entry=entry, dense=None, make=lambda: pack(entry, source.array(item.name)).parts)

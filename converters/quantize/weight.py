@@ -1,0 +1,104 @@
+"""One dense weight -> its entry and parts: pad, rotate, encode."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from qformat import codecs, manifest, rotation
+from qformat.dtypes import NUMPY, Array
+from qformat.manifest import Entry
+from qformat.records import read_record
+from qformat.rotation import Rotation, Side
+from qformat.weight import PackedWeight, matrix_shape
+
+Rotate = Literal["hadamard", "none"]
+Encode = Callable[[Any, Array], dict[str, Array]]
+
+
+def entry_of(
+    name: str, shape: tuple[int, ...], dtype: str, term: Mapping[str, Any], rotate: Rotate, *, stack: int = 0, transposed: bool = False
+) -> Entry:
+    """The entry of a weight that is to be packed by ``term``: padded to the codec's units, rotated if asked for."""
+    codec, params, _ = manifest.read_term(dict(term))
+    units = codec.units(params)
+    axes = (units[1], units[0]) if transposed else units
+    flat = shape[stack:] if len(shape) == stack + 2 else ()
+    stored = (*shape[:stack], *(-(-n // unit) * unit for n, unit in zip(flat, axes, strict=True))) if flat else shape
+    fields: dict[str, Any] = {
+        "weights": [name],
+        "shape": shape,
+        "dtype": dtype,
+        "terms": [dict(term)],
+        "label": "quantized",
+        "stack": stack,
+        "transposed": transposed,
+    }
+    if stored != shape:
+        fields["stored_shape"] = stored
+    entry = read_record(Entry, fields)
+    if rotate == "hadamard":
+        rows, cols = matrix_shape(entry)
+        sides = {"in": Side(size=in_size(cols), scale="int8"), "out": Side(size=min(128, rows & -rows), scale="float16")}
+        fields["rotation"] = {name: manifest.write_record(side) for name, side in sides.items()}
+        entry = read_record(Entry, fields)
+    return entry
+
+
+def in_size(cols: int) -> int:
+    """The largest power of two that divides ``cols / 8``, not below the smaller of 64 and the largest that divides ``cols``: a
+    matrix can then be split eight ways along its input.
+    """
+    largest = cols & -cols
+    eighth = (cols // 8) & -(cols // 8) if cols % 8 == 0 else 1
+    return max(eighth, min(64, largest))
+
+
+@functools.cache
+def signs(side: str, length: int) -> Array:
+    """Random signs, int8 [length]: the same for every weight of that length, so that weights with one input share them."""
+    bits = hashlib.shake_128(f"qformat {side} {length}".encode()).digest(-(-length // 8))
+    return (1 - 2 * np.unpackbits(np.frombuffer(bits, np.uint8))[:length].astype(np.int8)).astype(np.int8)
+
+
+def pack(entry: Entry, weight: Array) -> PackedWeight:
+    """Encode a float weight of ``entry.shape``."""
+    lead = entry.shape[: entry.stack]
+    matrices = [_pack_matrix(entry, weight[at]) for at in itertools.product(*map(range, lead))]
+    parts = {
+        name: np.stack([matrix[name] for matrix in matrices]).reshape(*lead, *array.shape) if lead else array
+        for name, array in matrices[0].items()
+    }
+    return PackedWeight(entry.weights[0], entry, parts)
+
+
+def _pack_matrix(entry: Entry, weight: Array) -> dict[str, Array]:
+    shape = matrix_shape(entry)
+    matrix = weight.astype(np.float32)
+    matrix = matrix.T if entry.transposed else matrix.reshape(matrix.shape[0], -1)
+    padded = np.zeros(shape, np.float32)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    parts: dict[str, Array] = {}
+    if entry.rotation is not None:
+        parts = _scales(entry.rotation, padded)
+        padded = rotation.apply(entry.rotation, padded, parts).astype(np.float32)
+    codec, params, _ = manifest.read_term(entry.terms[0])
+    return encoder(codec)(params, padded) | parts
+
+
+def _scales(turn: Rotation, matrix: Array) -> dict[str, Array]:
+    """Signs on both sides; those of the output carry the root mean square of their row, so that what is left has variance 1."""
+    rows, cols = matrix.shape
+    spread = np.sqrt((matrix.astype(np.float64) ** 2).mean(axis=1))
+    assert turn.out is not None and turn.out.scale is not None
+    return {"in_scale": signs("in", cols), "out_scale": (signs("out", rows) * spread).astype(NUMPY[turn.out.scale])}
+
+
+def encoder(codec: codecs.Codec) -> Encode:
+    """The fast encoder of a codec where the C++ library has one, else its reference."""
+    return codec.encode

@@ -1,0 +1,3 @@
+from qformat.cli import main
+
+main()

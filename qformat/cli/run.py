@@ -1,0 +1,88 @@
+"""Running a command: its exit code, its error line, its JSON, its progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qformat.errors import InterruptedJob, QformatError, SurroundingsError, one_line
+
+Report = dict[str, Any]
+LINE_SECONDS = 10  # between progress lines where there is no terminal
+
+
+def command(work: Callable[[], Report], show: Callable[[Report], None], as_json: bool, debug: bool) -> None:
+    """Do ``work`` and print its report; leave with the exit code that belongs to how it ended.
+
+    A report with ``"ok": False`` or a positive ``"failed"`` is a check that failed: exit 3.
+    """
+    try:
+        report = work()
+    except KeyboardInterrupt:
+        _fail(InterruptedJob("an uninterrupted run", "an interrupt", hint="run the same command again"), as_json, debug)
+    except MemoryError:
+        _fail(SurroundingsError("enough memory"), as_json, debug)
+    except QformatError as error:
+        _fail(error, as_json, debug)
+    if as_json:
+        json.dump(report, sys.stdout, ensure_ascii=False, allow_nan=False)
+        sys.stdout.write("\n")
+    else:
+        show(report)
+    if report.get("ok") is False or report.get("failed"):
+        sys.exit(3)
+
+
+def _fail(error: QformatError, as_json: bool, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    if as_json:
+        json.dump({"error": error.as_json()}, sys.stdout, ensure_ascii=False)
+        sys.stdout.write("\n")
+    print_error(str(error), error.hint)
+    sys.exit(error.exit_code)
+
+
+def print_error(message: str, hint: str = "") -> None:
+    sys.stderr.write(f"error: {message}\n")
+    if hint:
+        sys.stderr.write(f"hint: {one_line(hint)}\n")
+
+
+@contextlib.contextmanager
+def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A callback ``(done, total, label)``: a bar with an estimate on a terminal, plain lines elsewhere, None when quiet."""
+    if quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(what)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[label]}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, label="")
+        yield lambda done, total, label: bar.update(task, completed=done, total=total, label=label)
+
+
+def _lines(what: str) -> Callable[[int, int, str], None]:
+    started = last = time.monotonic()
+
+    def line(done: int, total: int, label: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_SECONDS or not done:
+            return
+        last = now
+        left = (now - started) * (total - done) / done
+        sys.stderr.write(f"{what}: {100 * done // total} %, about {left:.0f} s left, {label}\n")
+        sys.stderr.flush()
+
+    return line
