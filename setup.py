@@ -34,7 +34,7 @@ native = Extension(
     "qformat.kernels._native",
     sources=sorted(glob("kernels/cpu/*.cpp")),
     depends=sorted(glob("kernels/cpu/*.h")),
-    extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-pthread", "-ffp-contract=off"],
+    extra_compile_args="-O3 -g0 -std=c++17 -fvisibility=hidden -pthread -ffp-contract=off -Wno-psabi".split(),
     extra_link_args=["-pthread"],
     language="c++",
     py_limited_api=True,  # links no Python at all: one build serves every version
