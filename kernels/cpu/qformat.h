@@ -20,6 +20,63 @@ QF_EXPORT int32_t qf_abi(void);
 QF_EXPORT const char* qf_variant(void);          // name of the instruction set in use: avx512, avx2, scalar
 QF_EXPORT int32_t qf_use(const char* variant);  // use another one from now on; QF_UNSUPPORTED: not on this machine
 
+// Packed matrices. Every one begins with a qf_matrix, and its own type says what follows.
+enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2 };                                              // codec
+enum { QF_NONE = 0, QF_FLOAT32 = 1, QF_FLOAT16 = 2, QF_BFLOAT16 = 3, QF_UINT8 = 4, QF_INT16 = 5 };  // dtype
+
+typedef struct {
+  int64_t codec, rows, cols;
+  int64_t row_unit, col_unit;  // powers of two: a decoder is asked for stretches that begin at multiples of them
+} qf_matrix;
+
+typedef struct {  // one value for each block: that of element (r, c) is number r / rows * across + c / cols
+  int64_t rows, cols, across;
+} qf_grid;
+
+typedef struct {
+  const void* data;
+  int64_t dtype;
+} qf_values;
+
+typedef struct {  // value = (code - zero) * scale, or code * scale + offset where there are offsets
+  qf_matrix matrix;   // row_unit 1, col_unit 8
+  const uint8_t* codes;  // [rows, ceil(cols * bits / 8)]
+  int64_t bits;
+  qf_grid grid;  // of scales, zeros and offsets
+  qf_values scales, zeros, offsets;
+  const int32_t* groups;  // [cols] column -> its scale's column of `across`; or null: by the grid
+  float zero;             // where there are no zeros
+} qf_int;
+
+typedef struct {  // value = table[code] * scale
+  qf_matrix matrix;      // row_unit 1, col_unit 8 p
+  const uint8_t* codes;  // [rows, ceil(cols / p * bits / 8)]
+  int64_t bits, p;       // 1 to 16; 1, 2, 4 or 8
+  const float* table;    // [2^bits, p]
+  qf_grid grid;
+  qf_values scales;  // or QF_NONE
+} qf_table;
+
+typedef struct {  // value = values[state] * scale
+  qf_matrix matrix;      // units: the tile
+  const uint8_t* codes;  // [rows / row_unit, cols / col_unit, string_bits / 8]
+  int64_t L, V, string_bits;
+  const int32_t* starts;  // [steps] the bit at which a step's state starts
+  const float* values;    // [2^L, V]
+  const int32_t* place;   // [steps * V] where in the row-major tile value v of step u goes, at u V + v
+  qf_grid grid;
+  qf_values scales;  // or QF_NONE
+} qf_trellis;
+
+// Rows [r0, r1) as float32 [r1 - r0, cols]; r0 is a multiple of row_unit.
+QF_EXPORT int32_t qf_decode(const qf_matrix* matrix, int64_t r0, int64_t r1, float* out, int32_t threads);
+
+// The given rows as float32 [n, cols].
+QF_EXPORT int32_t qf_embedding(const qf_matrix* matrix, const int64_t* rows, int64_t n, float* out, int32_t threads);
+
+// y [m, rows] = x [m, cols] times the transposed matrix, in float32 throughout. A row of y depends on its row of x alone.
+QF_EXPORT int32_t qf_linear(const qf_matrix* matrix, const float* x, int64_t m, float* y, int32_t threads);
+
 // The tail-biting path of least squared error through a bitshift trellis, tile by tile (spec/codecs/trellis.md).
 //   x       [tiles, steps * V]   elements in the order of their numbers, divided by their scales
 //   values  [2^L, V]             what every state decodes to
