@@ -2,9 +2,10 @@
 
     python bench/make_tables.py [DIR]
 
-p = 1: Lloyd-Max with closed-form cell means, from the normal quantiles at (k + 1/2) / n, until the levels stand still: the
-unique optimum. p = 4: Lloyd on 2^19 samples (numpy's PCG64, seed 1) from the first n samples, 60 rounds, then sorted by
-squared norm and first value. Both are stored as float32; the files are the definition, this script is where they came from.
+p = 1: Lloyd-Max with closed-form cell means, from the normal quantiles at (k + 1/2) / n, until the levels stand still:
+the unique optimum. p = 4: Lloyd on 2^19 samples (numpy's PCG64, seed 1) from the first n samples, 60 rounds, then
+sorted by squared norm and first value. Both are stored as float32; the files are the definition, this script is where
+they came from.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def main() -> None:
     for bits in range(1, 9):
         n = 1 << bits
         dump(folder, f"gauss-p1-n{n}", f"optimal scalar quantizer of the unit Gaussian, {n} levels", lloyd_max(n))
-    dump(folder, "gauss-p4-n256", "optimal quantizer of the unit Gaussian, 4 values an entry, 256 entries", lloyd(4, 256))
+    dump(
+        folder, "gauss-p4-n256", "optimal quantizer of the unit Gaussian, 4 values an entry, 256 entries", lloyd(4, 256)
+    )
 
 
 if __name__ == "__main__":

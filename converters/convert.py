@@ -44,4 +44,3 @@ def convert(
         "files": [file._asdict() for file in opened.files()],
         "seconds": timed(started),
     }
-

@@ -20,8 +20,8 @@ from qformat.weight import PackedWeight
 class Item:
     """A weight of the target: packed (with an ``entry``) or a dense tensor.
 
-    ``consumes`` names the source tensors that it is made of. ``make`` gives the parts by their part names, or, for a dense
-    tensor, ``{"": array}``; it may be called in any thread, once.
+    ``consumes`` names the source tensors that it is made of. ``make`` gives the parts by their part names, or, for a
+    dense tensor, ``{"": array}``; it may be called in any thread, once.
     """
 
     name: str

@@ -39,7 +39,8 @@ def write(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write ``plan``, made from ``source``, to the folder ``target``; ``coverage`` is what :func:`account` said of the import.
+    """Write ``plan``, made from ``source``, to the folder ``target``; ``coverage`` is what :func:`account` said of
+    the import.
 
     ``packed``: with a manifest. Raises :class:`UsageError` where the target exists and ``overwrite`` is not given.
     """
@@ -72,7 +73,9 @@ def write(
 
 
 def account(source: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """``{tensors, consumed, passed, left_out}``; :class:`DamagedError` unless every source tensor has exactly one end."""
+    """``{tensors, consumed, passed, left_out}``; :class:`DamagedError` unless every source tensor has exactly one
+    end.
+    """
     ends: dict[str, str] = dict.fromkeys(plan.left_out, "left out")
     consumed = 0
     for item in plan.items:
@@ -176,7 +179,9 @@ def _write_config(folder: Path, plan: Plan, coverage: Mapping[str, Any], packed:
             provenance["settings"] = plan.settings
         entries = manifest.group((item.name, item.entry) for item in plan.items if item.entry is not None)
         config[KEY] = manifest.write(
-            manifest.Manifest(entries=entries, aliases=plan.aliases, activations=plan.activations, provenance=provenance)
+            manifest.Manifest(
+                entries=entries, aliases=plan.aliases, activations=plan.activations, provenance=provenance
+            )
         )
     (folder / files.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

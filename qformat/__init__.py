@@ -1,6 +1,7 @@
 """qformat: a documented file format for low-bit model weights.
 
-``import qformat`` loads neither torch nor onnx. ``load``, ``quantize``, ``convert`` and the other commands are resolved on first use.
+``import qformat`` loads neither torch nor onnx. ``load``, ``quantize``, ``convert`` and the other commands are
+resolved on first use.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, bits: int, n: int) -> Array:
-    """The inverse of :func:`pack`: uint8 [..., ceil(n * bits / 8)] -> codes [..., n], uint8 up to 8 bits, else uint16."""
+    """The inverse of :func:`pack`: uint8 [..., ceil(n * bits / 8)] -> codes [..., n], uint8 up to 8 bits, else
+    uint16.
+    """
     *lead, size = packed.shape
     groups = -(-n // GROUP)
     if size != groups * bits:

@@ -19,8 +19,8 @@ Shape = tuple[int, ...]
 
 
 def size(block: Block, shape: Shape) -> Block:
-    """Rows and columns of one block, with -1 resolved."""
-    rows, cols = (full if want == -1 else want for want, full in zip(block, shape, strict=True))
+    """Rows and columns of one block, none larger than the matrix."""
+    rows, cols = (full if want == -1 else min(want, full) for want, full in zip(block, shape, strict=True))
     return rows, cols
 
 

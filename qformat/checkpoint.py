@@ -1,4 +1,6 @@
-"""``open``: a model folder or a lone safetensors file, read-only, lazy, memory-mapped; packed by qformat or by others."""
+"""``open``: a model folder or a lone safetensors file, read-only, lazy, memory-mapped; packed by qformat or by
+others.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ KEY = "quantization_config"
 
 
 class Checkpoint(Mapping[str, PackedWeight]):
-    """A mapping from the names of packed weights to :class:`PackedWeight`; ``tensors`` and ``array`` reach every tensor.
+    """A mapping from the names of packed weights to :class:`PackedWeight`; ``tensors`` and ``array`` reach every
+    tensor.
 
-    ``config`` is the model's config.json without its quantization settings, which are ``settings``; ``manifest`` is None for
-    a folder that qformat did not pack.
+    ``config`` is the model's config.json without its quantization settings, which are ``settings``; ``manifest`` is
+    None for a folder that qformat did not pack.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,12 +51,18 @@ class Checkpoint(Mapping[str, PackedWeight]):
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         for name, file in weight_map.items():
             if name not in self.tensors or self._shard_of[name].path != files.within(self.path, file):
-                raise DamagedError(f"the tensor in {file}, as the index says", "none", file=self.path / files.INDEX, weight=name)
+                raise DamagedError(
+                    f"the tensor in {file}, as the index says", "none", file=self.path / files.INDEX, weight=name
+                )
         for name in self.tensors.keys() - weight_map.keys():
-            raise DamagedError("every tensor in the index", "one that is not", file=self._shard_of[name].path, weight=name)
+            raise DamagedError(
+                "every tensor in the index", "one that is not", file=self._shard_of[name].path, weight=name
+            )
 
     def _settings(self) -> Any:
-        """``quantization_config`` from the config, and from the header of a shard; both are equal where both are present."""
+        """``quantization_config`` from the config, and from the header of a shard; both are equal where both are
+        present.
+        """
         own = self.config.pop(KEY, None)
         for shard in self.shards:
             if KEY in shard.metadata:
@@ -151,7 +160,8 @@ class Checkpoint(Mapping[str, PackedWeight]):
 def open(path: str | Path) -> Checkpoint:
     """A model folder, or a safetensors file, for reading.
 
-    Raises :class:`UsageError` where there is none, :class:`DamagedError` or :class:`UnsupportedError` for what is in it.
+    Raises :class:`UsageError` where there is none, :class:`DamagedError` or :class:`UnsupportedError` for what is in
+    it.
     """
     path = Path(path)
     if not path.exists():

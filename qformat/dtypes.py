@@ -36,6 +36,7 @@ SAFETENSORS: dict[str, str] = {name: tag for name, tag, _ in _TABLE}
 FROM_SAFETENSORS: dict[str, str] = {tag: name for name, tag, _ in _TABLE}
 
 Float = Literal["float16", "bfloat16", "float32"]
+Scale = Literal["float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu"]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 _NAMES = {dtype: name for name, dtype in NUMPY.items()}
 

@@ -1,4 +1,6 @@
-"""What becomes of each file of a model folder: read, copied, left out, or refused. One table, as in ``spec/README.md``."""
+"""What becomes of each file of a model folder: read, copied, left out, or refused. One table, as in
+``spec/README.md``.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,17 @@ COPIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
-SECOND_COPIES = ("consolidated*", "original/*", "metal/*", "*.bin", "*.gguf", "*.pt", "*.pth", "*.safetensors", "*.index.json")
+SECOND_COPIES = (
+    "consolidated*",
+    "original/*",
+    "metal/*",
+    "*.bin",
+    "*.gguf",
+    "*.pt",
+    "*.pth",
+    "*.safetensors",
+    "*.index.json",
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -46,7 +58,9 @@ class File(NamedTuple):
 
 
 def within(folder: Path, name: str) -> Path:
-    """``folder / name`` for a name that stands in a file; :class:`DamagedError` where it would lead out of the folder."""
+    """``folder / name`` for a name that stands in a file; :class:`DamagedError` where it would lead out of the
+    folder.
+    """
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
         raise DamagedError("the name of a file in this folder", repr(name), file=folder / INDEX)
@@ -63,10 +77,14 @@ def weight_files(folder: Path) -> list[Path]:
     if len(found) == 1:
         return found
     if found:
-        raise DamagedError(f"{INDEX} beside several weight files", ", ".join(path.name for path in found[:4]), file=folder)
+        raise DamagedError(
+            f"{INDEX} beside several weight files", ", ".join(path.name for path in found[:4]), file=folder
+        )
     pickles = sorted(path.name for path in folder.iterdir() if any(fnmatch(path.name, kind) for kind in PICKLES))
     if pickles:
-        raise UnsupportedError("weights in safetensors", f"{pickles[0]}, a pickle", file=folder, hint="pickles are never loaded")
+        raise UnsupportedError(
+            "weights in safetensors", f"{pickles[0]}, a pickle", file=folder, hint="pickles are never loaded"
+        )
     raise DamagedError("weights: *.safetensors", "none", file=folder)
 
 
@@ -99,7 +117,9 @@ def _fate(name: str, is_weight: bool) -> tuple[Literal["read", "copied", "left o
         return "read", "weights" if is_weight else "settings of the model" if name == CONFIG else "index of the weights"
     if name in SETTINGS:
         return "left out", "quantization settings of the source"
-    if any(fnmatch(name, kind) for kind in COPIED) and ("/" not in name or name.startswith("additional_chat_templates/")):
+    if any(fnmatch(name, kind) for kind in COPIED) and (
+        "/" not in name or name.startswith("additional_chat_templates/")
+    ):
         return "copied", "travels with the model"
     if any(fnmatch(name, kind) for kind in SECOND_COPIES):
         return "left out", "not the weights that were read"

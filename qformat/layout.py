@@ -1,7 +1,7 @@
 """``Part``: one tensor of a packed weight, and how it is cut along with rows or columns of the weight.
 
-A codec's ``layout(params, shape)`` is a list of parts. Reader, writer, checker, documentation, exporters and slicing derive
-from it; nobody computes a shape twice.
+A codec's ``layout(params, shape)`` is a list of parts. Reader, writer, checker, documentation, exporters and slicing
+derive from it; nobody computes a shape twice.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 
 from .dtypes import NUMPY
 
-PartType = str | Mapping[str, Any]  # the name of a dtype, or a term: the part is itself packed
+Packed = Mapping[str, Any]  # a term: the part is itself packed
+PartType = str | Packed  # the name of a dtype, or a term
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of a matrix ``[out, in]``.
 
-    ``out_axis`` is the axis of the part that runs with the rows of the weight (None: none does) and ``out_unit`` the rows
-    of the weight for one index along it (a fraction where one index holds only a part of a row's worth); ``in_axis`` and
-    ``in_unit`` are the same for columns.
+    ``out_axis`` is the axis of the part that runs with the rows of the weight (None: none does) and ``out_unit`` the
+    rows of the weight for one index along it (a fraction where one index holds only a part of a row's worth);
+    ``in_axis`` and ``in_unit`` are the same for columns.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""The manifest: ``config.json["quantization_config"]``, what says how each weight is packed. Page: ``spec/README.md``."""
+"""The manifest: ``config.json["quantization_config"]``, what says how each weight is packed. Page:
+``spec/README.md``.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Entry(Record, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Entries, true ties, and what is kept for others. ``extra`` holds top-level keys that this version does not know."""
+    """Entries, true ties, and what is kept for others. ``extra`` holds top-level keys that this version does not
+    know.
+    """
 
     entries: tuple[Entry, ...]
     aliases: dict[str, str] = {}
@@ -81,9 +85,13 @@ def read(data: Any) -> Manifest:
     Raises :class:`UnsupportedError` for another version or an unknown codec, :class:`DamagedError` for the rest.
     """
     if not isinstance(data, Mapping) or data.get("quant_method") != METHOD:
-        raise DamagedError(f'quant_method "{METHOD}"', repr(data.get("quant_method") if isinstance(data, Mapping) else data))
+        raise DamagedError(
+            f'quant_method "{METHOD}"', repr(data.get("quant_method") if isinstance(data, Mapping) else data)
+        )
     if data.get("version") != VERSION:
-        raise UnsupportedError(f"format version {VERSION}", repr(data.get("version")), hint="another qformat may read it")
+        raise UnsupportedError(
+            f"format version {VERSION}", repr(data.get("version")), hint="another qformat may read it"
+        )
     if not isinstance(data.get("entries"), list):
         raise DamagedError("a list of entries", type(data.get("entries")).__name__)
     entries = tuple(_entry(item) for item in data["entries"])
@@ -147,7 +155,9 @@ def group(weights: Iterable[tuple[str, Entry]]) -> tuple[Entry, ...]:
         plain = write_record(entry)
         del plain["weights"]
         alike.setdefault(json.dumps(plain, sort_keys=True), (entry, []))[1].append(name)
-    return tuple(msgspec.structs.replace(entry, weights=tuple(names.compress(found))) for entry, found in alike.values())
+    return tuple(
+        msgspec.structs.replace(entry, weights=tuple(names.compress(found))) for entry, found in alike.values()
+    )
 
 
 def schema() -> dict[str, Any]:
@@ -159,7 +169,11 @@ def schema() -> dict[str, Any]:
     for name, reference in zip(codecs.NAMES, params, strict=True):
         term = _inline(reference, definitions)
         term = {**term, "title": f"a term of codec {name}"}
-        term["properties"] = {"codec": {"const": name}, "outside": {"type": "boolean", "default": False}, **term["properties"]}
+        term["properties"] = {
+            "codec": {"const": name},
+            "outside": {"type": "boolean", "default": False},
+            **term["properties"],
+        }
         term["required"] = ["codec", *term.get("required", [])]
         terms.append(term)
     record = _inline(entry, definitions)

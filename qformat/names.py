@@ -1,4 +1,6 @@
-"""Patterns of weight names: ``{a..b}`` stands for the integers a to b, several pairs for their product; nothing else is one."""
+"""Patterns of weight names: ``{a..b}`` stands for the integers a to b, several pairs for their product; nothing else
+is one.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])")
 
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which layer 2 comes before layer 10."""
-    return [(0, int(run)) if run.isdecimal() and run.isascii() else (1, run) for run in re.split(r"([0-9]+)", name) if run]
+    return [
+        (0, int(run)) if run.isdecimal() and run.isascii() else (1, run) for run in re.split(r"([0-9]+)", name) if run
+    ]
 
 
 def _split(pattern: str) -> tuple[list[str], list[tuple[int, int]]]:
@@ -46,7 +50,9 @@ def expand(patterns: Iterable[str], limit: int) -> list[str]:
 
 
 def compress(names: Iterable[str]) -> list[str]:
-    """Few patterns that stand for exactly ``names``: for each template, contiguous runs of a number whose siblings agree."""
+    """Few patterns that stand for exactly ``names``: for each template, contiguous runs of a number whose siblings
+    agree.
+    """
     templates: dict[tuple[str, ...], set[tuple[int, ...]]] = defaultdict(set)
     for name in names:
         if "{" in name or "}" in name:

@@ -1,7 +1,7 @@
 """Rotations: ``W = diag(out.scale) · P_out · U_out · Ŵ · U_inᵀ · P_inᵀ · diag(in.scale)``, Ŵ the stored matrix.
 
-U is block-diagonal: orthonormal Sylvester-Hadamard blocks of ``size``, or copies of the stored ``matrix`` [size, size]. A
-permutation places: ``(X · Pᵀ)[:, perm[j]] = X[:, j]``, rows alike. Page: ``spec/README.md``, Rotation.
+U is block-diagonal: orthonormal Sylvester-Hadamard blocks of ``size``, or copies of the stored ``matrix`` [size,
+size]. A permutation places: ``(X · Pᵀ)[:, perm[j]] = X[:, j]``, rows alike. Page: ``spec/README.md``, Rotation.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def layout(rotation: Rotation, shape: tuple[int, int]) -> list[Part]:
 
 
 def hadamard(columns: Array, size: int) -> Array:
-    """Multiply by the orthonormal block-diagonal Sylvester matrix along the last axis; it is symmetric, its own inverse."""
+    """Multiply by the orthonormal block-diagonal Sylvester matrix along the last axis; it is symmetric, its own
+    inverse.
+    """
     if size == 1:
         return columns
     shape, half = columns.shape, 1
@@ -111,7 +113,9 @@ def apply(rotation: Rotation, weight: Array, parts: Mapping[str, Array]) -> Arra
 
 
 def check(rotation: Rotation, parts: Mapping[str, Array]) -> None:
-    """Raise :class:`DamagedError` for a scale that is not finite, a perm that is none, a matrix that is not orthogonal."""
+    """Raise :class:`DamagedError` for a scale that is not finite, a perm that is none, a matrix that is not
+    orthogonal.
+    """
     for name, side in rotation.sides():
         if side.scale is not None and not np.isfinite(parts[f"{name}_scale"].astype(np.float32)).all():
             raise DamagedError(f"a finite {name}_scale")

@@ -1,7 +1,7 @@
 """safetensors files: a lazy, memory-mapped reader that trusts nothing, and a streaming writer with checksums.
 
-A file is the length of its header (8 bytes, little-endian), a JSON header, and the tensors' bytes. Page: ``spec/README.md``,
-Files.
+A file is the length of its header (8 bytes, little-endian), a JSON header, and the tensors' bytes. Page:
+``spec/README.md``, Files.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def _check_header(header: object, data_start: int, size: int) -> tuple[dict[str,
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != at:
             how = "overlaps what is before it" if tensor.start < at else "leaves a hole before it"
-            raise DamagedError(f"data at byte {at - data_start}", f"{tensor.start - data_start}, which {how}", weight=name)
+            raise DamagedError(
+                f"data at byte {at - data_start}", f"{tensor.start - data_start}, which {how}", weight=name
+            )
         at = tensor.stop
     if at != size:
         raise DamagedError(f"a file of {at} bytes", f"{size}: truncated or with bytes to spare")
@@ -167,7 +169,8 @@ def spec(dtype: str, shape: Iterable[int]) -> Spec:
 
 
 class ShardWriter:
-    """Writes one file whose tensors are known beforehand, in any order, at their final place; nothing is held in memory.
+    """Writes one file whose tensors are known beforehand, in any order, at their final place; nothing is held in
+    memory.
 
     A context manager: leaving it without an error completes the header, and fails where a tensor was never put.
     """
@@ -210,7 +213,9 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._file:
             if kind is None:
                 assert not self._missing, sorted(self._missing)[:3]

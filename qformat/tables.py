@@ -1,4 +1,6 @@
-"""Named tables: the one place where a magic table exists. They are data of the specification, in ``spec/tables/NAME.json``."""
+"""Named tables: the one place where a magic table exists. They are data of the specification, in
+``spec/tables/NAME.json``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``verify``: everything that can be wrong with a qformat folder, each problem as the error that a reader would raise."""
+"""``verify``: everything that can be wrong with a qformat folder, each problem as the error that a reader would
+raise.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,16 @@ from .errors import DamagedError, QformatError
 
 def verify(opened: Checkpoint) -> list[QformatError]:
     """The problems of an opened qformat checkpoint: layouts, values, checksums, counts. Empty: it is sound."""
-    checks: list[Callable[[], object]] = [lambda: opened.packed_tensors, lambda: _counts(opened), lambda: _extra_parts(opened)]
+    checks: list[Callable[[], object]] = [
+        lambda: opened.packed_tensors,
+        lambda: _counts(opened),
+        lambda: _extra_parts(opened),
+    ]
     checks += [lambda shard=shard: shard.check() for shard in opened.shards]  # type: ignore[misc]
     checks += [lambda name=name: opened[name].check() for name in opened]  # type: ignore[misc]
-    checks += [lambda alias=alias: _alias(opened, alias) for alias in (opened.manifest.aliases if opened.manifest else ())]  # type: ignore[misc]
+    checks += [
+        lambda alias=alias: _alias(opened, alias) for alias in (opened.manifest.aliases if opened.manifest else ())
+    ]  # type: ignore[misc]
     return list(problems(checks))
 
 

@@ -1,4 +1,6 @@
-"""``PackedWeight``: one weight with its entry and parts. Here layouts of terms, rotation and packed parts come together."""
+"""``PackedWeight``: one weight with its entry and parts. Here layouts of terms, rotation and packed parts come
+together.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from fractions import Fraction
 import msgspec
 import numpy as np
 
-from . import manifest, rotation
+from . import codecs, rotation
 from .dtypes import NUMPY, Array, rounded
 from .errors import DamagedError, QformatError, UnsupportedError
 from .layout import Part
@@ -21,7 +23,7 @@ MAX_NESTING = 2  # levels of parts that are themselves packed
 
 
 def matrix_shape(entry: Entry) -> tuple[int, int]:
-    """The stored matrix that codecs see, ``(out, in)``: padded, transposed back, everything after out taken together."""
+    """The stored matrix that codecs see, ``(out, in)``: padded, transposed back, all that follows out taken together."""
     rows, *rest = (entry.stored_shape or entry.shape)[entry.stack :]
     cols = math.prod(rest)
     return (cols, rows) if entry.transposed else (rows, cols)
@@ -31,7 +33,7 @@ def layout(entry: Entry) -> list[Part]:
     """Every part of a weight: ``codes``, ``1_codes``, ``scales_codes``, ``in_scale``, ... with its full shape."""
     shape = matrix_shape(entry)
     parts = []
-    for prefix, term in _terms(entry):
+    for prefix, term, _ in _terms(entry):
         parts += [part.named(prefix) for part in _expand(term, shape)]
     if entry.rotation is not None:
         parts += rotation.layout(entry.rotation, shape)
@@ -41,15 +43,18 @@ def layout(entry: Entry) -> list[Part]:
     return [part.stacked(entry.shape[: entry.stack]) for part in parts]
 
 
-def _terms(entry: Entry) -> list[tuple[str, Term]]:
-    if len(entry.terms) == 1:
-        return [("", entry.terms[0])]
-    return [(f"{i}_", term) for i, term in enumerate(entry.terms)]
+def _terms(entry: Entry) -> list[tuple[str, Term, bool]]:
+    """For each term: what its part names start with, its codec and params, whether it is outside the rotation."""
+    out = []
+    for i, term in enumerate(entry.terms):
+        prefix = f"{i}_" if len(entry.terms) > 1 else ""
+        out.append((prefix, {key: term[key] for key in term if key != "outside"}, bool(term.get("outside", False))))
+    return out
 
 
 def _expand(term: Term, shape: tuple[int, int], depth: int = 0) -> Iterator[Part]:
     """A codec's layout, with parts that are packed replaced by the parts that they are packed into."""
-    codec, params, _ = manifest.read_term(term)
+    codec, params = codecs.read_params(term)
     for part in codec.layout(params, shape):
         if isinstance(part.dtype, str):
             yield part
@@ -74,7 +79,7 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _decode_term(term: Term, shape: tuple[int, int], parts: Mapping[str, Array], prefix: str) -> Array:
     """One term of one matrix, packed parts decoded first: float32 [out, in]."""
-    codec, params, _ = manifest.read_term(term)
+    codec, params = codecs.read_params(term)
     arrays = {}
     for part in codec.layout(params, shape):
         name = prefix + part.name
@@ -91,9 +96,9 @@ def decode_matrix(entry: Entry, parts: Mapping[str, Array], rotated: bool = Fals
     shape = matrix_shape(entry)
     stored: Array | None = None
     outside = []
-    for prefix, term in _terms(entry):
+    for prefix, term, is_outside in _terms(entry):
         value = _decode_term(term, shape, parts, prefix)
-        if term.get("outside", False):
+        if is_outside:
             outside.append(value)
         else:
             stored = value if stored is None else rounded(stored + value, entry.sum_dtype)
@@ -137,7 +142,8 @@ class PackedWeight:
         return "+".join(str(term["codec"]) for term in self.entry.terms)
 
     def decode(self, rotated: bool = False) -> Array:
-        """float32 [shape] in the model's basis; ``rotated``: the matrix as stored, [stack..., out, in], padding included.
+        """float32 [shape] in the model's basis; ``rotated``: the matrix as stored, [stack..., out, in], padding
+        included.
 
         Raises :class:`DamagedError` naming this weight where a part holds what its codec forbids.
         """
@@ -201,7 +207,9 @@ class PackedWeight:
     def _check_rotation_cut(self, name: str, start: int, end: int, padded: int) -> None:
         side = dict(self.entry.rotation.sides()).get(name) if self.entry.rotation else None
         if side is not None and (start, end) != (0, padded) and (side.perm or start % side.size or end % side.size):
-            what = "no cut through a permutation" if side.perm else f"cuts at multiples of the rotation's size {side.size}"
+            what = (
+                "no cut through a permutation" if side.perm else f"cuts at multiples of the rotation's size {side.size}"
+            )
             raise UnsupportedError(what, f"{start}..{end}", weight=self.name)
 
     def _cut_part(self, part: Part, along_out: bool, start: int, end: int, padded: int) -> Array:

@@ -8,7 +8,15 @@ from qformat.errors import DamagedError
 from ..plan import Plan, passed
 
 NAME = "dense"
-PACKED_NAMES = ("qweight", "qzeros", "trellis", "weight_packed", "codes", "Qidxs", "B")  # last components that no float model has
+PACKED_NAMES = (
+    "qweight",
+    "qzeros",
+    "trellis",
+    "weight_packed",
+    "codes",
+    "Qidxs",
+    "B",
+)  # last components that no float model has
 
 
 def detect(source: Checkpoint) -> str:
@@ -16,7 +24,9 @@ def detect(source: Checkpoint) -> str:
         return ""
     packed = [name for name in source.tensors if name.rpartition(".")[2] in PACKED_NAMES]
     if packed:
-        raise DamagedError("float tensors, as no quantization settings were found", packed[0], file=source.file_of(packed[0]))
+        raise DamagedError(
+            "float tensors, as no quantization settings were found", packed[0], file=source.file_of(packed[0])
+        )
     return "no quantization settings, no packed tensors"
 
 

@@ -43,9 +43,11 @@ def quantize(
     opened = checkpoint.open(source)
     dense, found, _ = read(opened)
     if found != "dense":
-        raise UsageError("a dense model", found, file=opened.path, hint="`qformat convert SRC DST --to dense` makes one")
+        raise UsageError(
+            "a dense model", found, file=opened.path, hint="`qformat convert SRC DST --to dense` makes one"
+        )
     rotate = rotate or ("hadamard" if codec in ROTATED else "none")
-    term = {"codec": codec, **codecs.get(codec).preset(bits, rotate == "hadamard"), **(settings or {})}
+    term = {"codec": codec, **codecs.get(codec).preset(bits, rotate == "hadamard", settings or {})}
     read_term(term)
     chosen = select(opened, include, exclude)
     if not chosen:
@@ -68,7 +70,9 @@ def _plan(source: Checkpoint, dense: Plan, chosen: set[str], term: Mapping[str, 
         tensor = source.tensors[item.name]
         fused = len(tensor.shape) - 2
         dtype = tensor.dtype if tensor.dtype != "float64" else "float32"
-        entry = entry_of(item.name, tensor.shape, dtype, term, rotate, stack=fused, transposed=bool(fused and transposed))
+        entry = entry_of(
+            item.name, tensor.shape, dtype, term, rotate, stack=fused, transposed=bool(fused and transposed)
+        )
         items.append(_packed(source, item, entry))
     return replace(dense, items=tuple(items))
 

@@ -28,7 +28,7 @@ def candidates(source: Checkpoint) -> list[str]:
 
 
 def select(source: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
-    """Linear and expert matrices, and what ``include`` matches; without what ``exclude`` matches. Patterns are globs."""
+    """Linear and expert matrices, and what ``include`` matches; without what ``exclude`` matches (globs)."""
     return [
         name
         for name in candidates(source)

@@ -12,6 +12,7 @@ import numpy as np
 
 from qformat import codecs, manifest, rotation
 from qformat.dtypes import NUMPY, Array
+from qformat.kernels import native
 from qformat.manifest import Entry
 from qformat.records import read_record
 from qformat.rotation import Rotation, Side
@@ -22,7 +23,14 @@ Encode = Callable[[Any, Array], dict[str, Array]]
 
 
 def entry_of(
-    name: str, shape: tuple[int, ...], dtype: str, term: Mapping[str, Any], rotate: Rotate, *, stack: int = 0, transposed: bool = False
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    term: Mapping[str, Any],
+    rotate: Rotate,
+    *,
+    stack: int = 0,
+    transposed: bool = False,
 ) -> Entry:
     """The entry of a weight that is to be packed by ``term``: padded to the codec's units, rotated if asked for."""
     codec, params, _ = manifest.read_term(dict(term))
@@ -44,15 +52,18 @@ def entry_of(
     entry = read_record(Entry, fields)
     if rotate == "hadamard":
         rows, cols = matrix_shape(entry)
-        sides = {"in": Side(size=in_size(cols), scale="int8"), "out": Side(size=min(128, rows & -rows), scale="float16")}
+        sides = {
+            "in": Side(size=in_size(cols), scale="int8"),
+            "out": Side(size=min(128, rows & -rows), scale="float16"),
+        }
         fields["rotation"] = {name: manifest.write_record(side) for name, side in sides.items()}
         entry = read_record(Entry, fields)
     return entry
 
 
 def in_size(cols: int) -> int:
-    """The largest power of two that divides ``cols / 8``, not below the smaller of 64 and the largest that divides ``cols``: a
-    matrix can then be split eight ways along its input.
+    """The largest power of two that divides ``cols / 8``, not below the smaller of 64 and the largest that divides
+    ``cols``: a matrix can then be split eight ways along its input.
     """
     largest = cols & -cols
     eighth = (cols // 8) & -(cols // 8) if cols % 8 == 0 else 1
@@ -61,7 +72,9 @@ def in_size(cols: int) -> int:
 
 @functools.cache
 def signs(side: str, length: int) -> Array:
-    """Random signs, int8 [length]: the same for every weight of that length, so that weights with one input share them."""
+    """Random signs, int8 [length]: the same for every weight of that length, so that weights with one input share
+    them.
+    """
     bits = hashlib.shake_128(f"qformat {side} {length}".encode()).digest(-(-length // 8))
     return (1 - 2 * np.unpackbits(np.frombuffer(bits, np.uint8))[:length].astype(np.int8)).astype(np.int8)
 
@@ -92,7 +105,9 @@ def _pack_matrix(entry: Entry, weight: Array) -> dict[str, Array]:
 
 
 def _scales(turn: Rotation, matrix: Array) -> dict[str, Array]:
-    """Signs on both sides; those of the output carry the root mean square of their row, so that what is left has variance 1."""
+    """Signs on both sides; those of the output carry the root mean square of their row, so that what is left has
+    variance 1.
+    """
     rows, cols = matrix.shape
     spread = np.sqrt((matrix.astype(np.float64) ** 2).mean(axis=1))
     assert turn.out is not None and turn.out.scale is not None
@@ -101,4 +116,5 @@ def _scales(turn: Rotation, matrix: Array) -> dict[str, Array]:
 
 def encoder(codec: codecs.Codec) -> Encode:
     """The fast encoder of a codec where the C++ library has one, else its reference."""
-    return codec.encode
+    fast = getattr(native.binding(codec.NAME), "encode", None) if native.available() else None
+    return fast or codec.encode

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import run, show
+from . import run
 
 app = typer.Typer(
     name="qformat",
@@ -44,9 +44,13 @@ def quantize(
     target: Target,
     codec: Annotated[str, typer.Option(help="int, table, trellis; see `qformat codecs`")] = "trellis",
     bits: Annotated[float, typer.Option(help="bits per weight")] = 4,
-    setting: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any of the codec's params")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any of the codec's params")
+    ] = None,
     rotate: Annotated[str | None, typer.Option(metavar="hadamard|none", help="default: hadamard for trellis")] = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="weights to pack besides linear layers")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="weights to pack besides linear layers")
+    ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="weights to leave dense")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -75,7 +79,7 @@ def quantize(
                 progress=progress,
             )
 
-    run.command(work, show.packed, as_json, debug)
+    run.command(work, "packed", as_json, debug)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -100,7 +104,9 @@ def convert(
     target: Target,
     to: Annotated[str, typer.Option(help="qformat or dense")] = "qformat",
     dtype: Annotated[str | None, typer.Option(help="with --to dense: float32, float16, bfloat16")] = None,
-    scheme: Annotated[str | None, typer.Option("--from", metavar="SCHEME", help="what SRC is, if it is not recognised")] = None,
+    scheme: Annotated[
+        str | None, typer.Option("--from", metavar="SCHEME", help="what SRC is, if it is not recognised")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -114,7 +120,7 @@ def convert(
         with run.progress("convert", quiet) as progress:
             return job(source, target, to, dtype=dtype, scheme=scheme, overwrite=overwrite, progress=progress)
 
-    run.command(work, show.converted, as_json, debug)
+    run.command(work, "converted", as_json, debug)
 
 
 @app.command()
@@ -126,7 +132,7 @@ def inspect(source: Source, as_json: AsJson = False, debug: Debug = False) -> No
 
         return job(source)
 
-    run.command(work, show.inspected, as_json, debug)
+    run.command(work, "inspected", as_json, debug)
 
 
 @app.command()
@@ -138,7 +144,7 @@ def verify(source: Source, as_json: AsJson = False, debug: Debug = False) -> Non
 
         return job(source)
 
-    run.command(work, show.verified, as_json, debug)
+    run.command(work, "verified", as_json, debug)
 
 
 @app.command("eval")
@@ -160,7 +166,7 @@ def evaluate(
         with run.progress("eval", quiet) as progress:
             return job(source, reference=reference, text=text, window=window, tokens=tokens, progress=progress)
 
-    run.command(work, show.evaluated, as_json, debug)
+    run.command(work, "evaluated", as_json, debug)
 
 
 @app.command()
@@ -183,7 +189,7 @@ def export(
             raise UsageError("--to onnx", to)
         return job(source, target, dtype=dtype, overwrite=overwrite)
 
-    run.command(work, show.exported, as_json, debug)
+    run.command(work, "exported", as_json, debug)
 
 
 @app.command()
@@ -195,7 +201,7 @@ def codecs(as_json: AsJson = False, debug: Debug = False) -> None:
 
         return job()
 
-    run.command(work, show.codecs, as_json, debug)
+    run.command(work, "codecs", as_json, debug)
 
 
 @app.command()
@@ -207,7 +213,7 @@ def conformance(as_json: AsJson = False, debug: Debug = False) -> None:
 
         return job()
 
-    run.command(work, show.conformance, as_json, debug)
+    run.command(work, "conformance", as_json, debug)
 
 
 @app.command()
@@ -219,4 +225,4 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
         return job()
 
-    run.command(work, show.doctor, as_json, debug)
+    run.command(work, "doctor", as_json, debug)

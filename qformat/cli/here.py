@@ -30,7 +30,8 @@ def codecs() -> dict[str, Any]:
             "name": name,
             "what": (registry.get(name).__doc__ or "").split(": ", 1)[-1].split(". Page")[0].strip(),
             "native": native.available(),
-            "triton": importlib.util.find_spec(f"qformat.kernels.gpu.{name}") is not None and _version("triton") is not None,
+            "triton": importlib.util.find_spec(f"qformat.kernels.gpu.{name}") is not None
+            and _version("triton") is not None,
         }
         for name in registry.NAMES
     ]
@@ -44,11 +45,21 @@ def doctor() -> dict[str, Any]:
     rows = [
         {"what": "python", "found": platform.python_version(), "note": platform.platform()},
         {"what": "processor", "found": f"{os.cpu_count()} threads", "note": platform.machine()},
-        {"what": "native library", "found": found, "note": "" if native.available() else f"{native.why()}; everything works, slower"},
+        {
+            "what": "native library",
+            "found": found,
+            "note": "" if native.available() else f"{native.why()}; everything works, slower",
+        },
     ]
     for package in PACKAGES:
         version = _version(package)
-        rows.append({"what": package, "found": version or "missing", "note": "" if version else f"for {BUYS.get(package, package)}"})
+        rows.append(
+            {
+                "what": package,
+                "found": version or "missing",
+                "note": "" if version else f"for {BUYS.get(package, package)}",
+            }
+        )
     if _version("torch"):
         import torch
 

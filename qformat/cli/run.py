@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 import time
@@ -16,8 +17,9 @@ Report = dict[str, Any]
 LINE_SECONDS = 10  # between progress lines where there is no terminal
 
 
-def command(work: Callable[[], Report], show: Callable[[Report], None], as_json: bool, debug: bool) -> None:
-    """Do ``work`` and print its report; leave with the exit code that belongs to how it ended.
+def command(work: Callable[[], Report], show: str, as_json: bool, debug: bool) -> None:
+    """Do ``work`` and print its report, by the function ``show`` of the module of that name; leave with the exit code
+    that belongs to how it ended.
 
     A report with ``"ok": False`` or a positive ``"failed"`` is a check that failed: exit 3.
     """
@@ -33,7 +35,8 @@ def command(work: Callable[[], Report], show: Callable[[Report], None], as_json:
         json.dump(report, sys.stdout, ensure_ascii=False, allow_nan=False)
         sys.stdout.write("\n")
     else:
-        show(report)
+        module = importlib.import_module(".show", __package__)  # imports rich: not needed for JSON
+        getattr(module, show)(report)
     if report.get("ok") is False or report.get("failed"):
         sys.exit(3)
 
@@ -56,7 +59,9 @@ def print_error(message: str, hint: str = "") -> None:
 
 @contextlib.contextmanager
 def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A callback ``(done, total, label)``: a bar with an estimate on a terminal, plain lines elsewhere, None when quiet."""
+    """A callback ``(done, total, label)``: a bar with an estimate on a terminal, plain lines elsewhere, None when
+    quiet.
+    """
     if quiet:
         yield None
         return
@@ -66,7 +71,12 @@ def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, TextColumn("{task.fields[label]}"), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None, label="")
         yield lambda done, total, label: bar.update(task, completed=done, total=total, label=label)

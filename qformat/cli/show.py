@@ -46,7 +46,9 @@ def _summary(report: Report) -> None:
         table.add_row(codec, " x ".join(map(str, shape)), label, str(count), _bits(bits))
     if groups:
         console.print(table)
-    console.print(f"{report['format']}: {_size(report['bytes'])}, {_bits(report['stored_bits'])} stored bits a packed weight")
+    console.print(
+        f"{report['format']}: {_size(report['bytes'])}, {_bits(report['stored_bits'])} stored bits a packed weight"
+    )
     coverage = report["coverage"]
     if coverage:
         left = coverage["left_out"]
@@ -100,7 +102,9 @@ def evaluated(report: Report) -> None:
         table.add_row("KL, nats", f"{report['kl']:.5f} [{low:.5f}, {high:.5f}]", "0")
         table.add_row("top-1 agreement", f"{report['top1']:.4f}", "1")
     table.add_row("stored bits", _bits(report["stored_bits"]), "")
-    table.add_row("bytes", _size(report["bytes"]), _size(report["reference_bytes"]) if report["reference_bytes"] else "-")
+    table.add_row(
+        "bytes", _size(report["bytes"]), _size(report["reference_bytes"]) if report["reference_bytes"] else "-"
+    )
     _console().print(table)
     _console().print(escape(f"{report['tokens']} tokens of {report['text']}"))
 
@@ -110,7 +114,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def exported(report: Report) -> None:
-    _console().print(escape(f"{report['path']}: {_size(report['onnx_bytes'])} beside {_size(report['bytes'])} of shards"))
+    _console().print(
+        escape(f"{report['path']}: {_size(report['onnx_bytes'])} beside {_size(report['bytes'])} of shards")
+    )
 
 
 def codecs(report: Report) -> None:

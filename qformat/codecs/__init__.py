@@ -17,8 +17,9 @@ NAMES = ("int", "table", "trellis")
 class Codec(Protocol):
     """What every codec module holds. ``shape`` is always the matrix ``(out, in)``; parts are NumPy arrays.
 
-    ``preset`` gives the params for ``quantize --bits BITS``; ``rotated`` weights are Gaussian, with one variance throughout.
-    ``units(params)`` are the rows and columns that the stored matrix must be padded to multiples of, to be encoded.
+    ``preset`` gives the params for ``quantize --bits BITS``, around the ``settings`` that were asked for; ``rotated``
+    weights are Gaussian, with one variance throughout. ``units`` are the rows and columns that a matrix is padded to
+    multiples of before it can be encoded.
     """
 
     NAME: str
@@ -35,7 +36,7 @@ class Codec(Protocol):
     @staticmethod
     def units(params: Any) -> tuple[int, int]: ...
     @staticmethod
-    def preset(bits: float, rotated: bool) -> dict[str, Any]: ...
+    def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 def get(name: str) -> Codec:
@@ -46,6 +47,8 @@ def get(name: str) -> Codec:
 
 
 def read_params(term: Mapping[str, Any]) -> tuple[Codec, Record]:
-    """A term as JSON, ``{"codec": ..., param: ...}`` without its ``outside`` key -> the codec and its validated params."""
+    """A term as JSON, ``{"codec": ..., param: ...}`` without its ``outside`` key -> the codec and its validated
+    params.
+    """
     codec = get(str(term.get("codec")))
     return codec, read_record(codec.Params, {key: value for key, value in term.items() if key != "codec"})

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import tables
 from ..dtypes import NUMPY, Array
-from ..errors import DamagedError
+from ..errors import DamagedError, UnsupportedError
 
 if TYPE_CHECKING:
     from .trellis import Params
@@ -38,19 +38,30 @@ def validate(params: Params) -> None:
     allowed = used.get(params.code, {"multiplier"} if params.code in MULTIPLIERS else set())
     given = {
         name: getattr(params, name)
-        for name, empty in (("index", ()), ("taps", ()), ("shift", 0), ("additive", False), ("table", None), ("multiplier", None))
+        for name, empty in (
+            ("index", ()),
+            ("taps", ()),
+            ("shift", 0),
+            ("additive", False),
+            ("table", None),
+            ("multiplier", None),
+        )
         if getattr(params, name) != empty
     }
     for name in given.keys() - allowed:
         raise DamagedError(f"no {name} beside code {params.code}", str(given[name]))
-    for name in {"hash": ("index", "taps", "table"), "hyb": ("index", "table"), "table": ("table",)}.get(params.code, ()):
+    for name in {"hash": ("index", "taps", "table"), "hyb": ("index", "table"), "table": ("table",)}.get(
+        params.code, ()
+    ):
         if name not in given:
             raise DamagedError(f"{name} beside code {params.code}")
     width = {"hyb": (2,), "table": (1, 2)}.get(params.code, (1,))
     if params.V not in width:
         raise DamagedError(f"V = {width[0]} for code {params.code}", str(params.V))
     if len(params.index) != {"hash": 2, "hyb": 1}.get(params.code, 0):
-        raise DamagedError(f"an index of {2 if params.code == 'hash' else 1} numbers for code {params.code}", str(params.index))
+        raise DamagedError(
+            f"an index of {2 if params.code == 'hash' else 1} numbers for code {params.code}", str(params.index)
+        )
     if params.code == "hash":
         reach = max(params.shift + params.index[0], max(params.taps) + 1)
         if reach > params.L:
@@ -100,7 +111,9 @@ def _two_halves(x: Array) -> Array:
 
 
 def _mul1(x: Array) -> Array:
-    """EXL3's mul1: one fused float16 multiply-add of the byte sum; float64 holds the exact result before the rounding."""
+    """EXL3's mul1: one fused float16 multiply-add of the byte sum; float64 holds the exact result before the
+    rounding.
+    """
     a, b = (float(np.uint16(bits).view(np.float16)) for bits in (0x1EEE, 0xC931))
     return ((1024 + _byte_sum(x).astype(np.float64)) * a + b).astype(np.float16).astype(np.float32)
 
@@ -115,8 +128,8 @@ def _hyb(s: Array, table: Array) -> Array:
 
 
 def _hash(params: Params, s: Array, table: Array) -> Array:
-    """Two filtered copies of the bit string: u = s >> shift, v = xor of s >> tap; the entry at u | v << bits of u, or the sum of
-    an entry for u and one for v.
+    """Two filtered copies of the bit string: u = s >> shift, v = xor of s >> tap; the entry at u | v << bits of u, or
+    the sum of an entry for u and one for v.
     """
     u_bits, v_bits = params.index
     u = s >> np.uint32(params.shift) & np.uint32(2**u_bits - 1)
@@ -127,7 +140,8 @@ def _hash(params: Params, s: Array, table: Array) -> Array:
 
 
 def initial_table(params: Params) -> Array:
-    """A table to encode with where the weight stores its own: Gaussian quantiles in an order that mixes the state's bits.
+    """A table to encode with where the weight stores its own: Gaussian quantiles in an order that mixes the state's
+    bits.
 
     For ``hash`` and ``hyb`` the named table is the better start; it is copied.
     """
@@ -135,17 +149,32 @@ def initial_table(params: Params) -> Array:
     if params.code != "table":
         raise DamagedError("a named table when encoding with code " + params.code, params.table)
     count = 2**params.L * params.V
-    order = np.argsort(np.arange(count, dtype=np.uint32) * np.uint32(2654435769) ^ np.arange(count, dtype=np.uint32) >> 7)
+    order = np.argsort(
+        np.arange(count, dtype=np.uint32) * np.uint32(2654435769) ^ np.arange(count, dtype=np.uint32) >> 7
+    )
     quantiles = np.array([NormalDist().inv_cdf((k + 0.5) / count) for k in range(count)], np.float32)
     scale = np.float32(127 / 4.5) if params.table == "int8" else np.float32(1)
     level = quantiles[order] * scale
     return (np.rint(level) if params.table == "int8" else level).astype(NUMPY[params.table]).reshape(-1, params.V)
 
 
-def hash_preset(bits: int) -> dict[str, Any]:
-    """The tuned ``hash`` of each rate: shift, taps and table belong together (`bench/train_hash.py`)."""
-    return {
-        2: {"L": 12, "code": "hash", "shift": 7, "taps": [0, 2, 10], "index": [2, 2], "table": "hash-16"},
-        3: {"L": 12, "code": "hash", "shift": 4, "taps": [0, 9], "index": [3, 3], "table": "hash-64"},
-        4: {"L": 12, "code": "hash", "shift": 5, "taps": [0, 2, 8], "index": [4, 4], "table": "hash-16+16", "additive": True},
-    }[bits]
+HASHES: dict[int, dict[str, Any]] = {  # bits -> shift, taps and table, found together (`bench/train_hash.py`)
+    2: {"shift": 7, "taps": [0, 2, 10], "index": [2, 2], "table": "hash-16"},
+    3: {"shift": 4, "taps": [0, 9], "index": [3, 3], "table": "hash-64"},
+    4: {"shift": 5, "taps": [0, 2, 8], "index": [4, 4], "table": "hash-16+16", "additive": True},
+}
+
+
+def preset(widths: list[int], code: str | None) -> dict[str, Any]:
+    """The params of a code: ``hash`` at 2 to 4 bits and ``mul1`` elsewhere unless one is asked for."""
+    tuned = HASHES.get(widths[0]) if len(widths) == 1 else None
+    code = code or ("hash" if tuned else "mul1")
+    if code == "hash":
+        if tuned is None:
+            raise UnsupportedError("2, 3 or 4 bits for code hash, unless its table is given", str(widths))
+        return {"L": 12, "code": code, **tuned}
+    if code == "hyb":
+        return {"L": 16, "V": 2, "code": code, "index": [9], "table": "hyb-q9"}
+    if code == "table":
+        return {"L": 12, "code": code, "table": "float16"}
+    return {"L": 16, "code": code}

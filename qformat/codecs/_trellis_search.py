@@ -20,8 +20,8 @@ Search = Callable[["Params", Array, Array], Array]
 
 
 def viterbi(params: Params, targets: Array, values: Array) -> Array:
-    """Tail-biting paths of small squared error. The first pass starts half a tile in, free at both ends; the overlap that it
-    has at the seam is what both ends of the second pass are held to.
+    """Tail-biting paths of small squared error. The first pass starts half a tile in, free at both ends; the overlap
+    that it has at the seam is what both ends of the second pass are held to.
     """
     from .trellis import pack
 
@@ -37,7 +37,8 @@ def viterbi(params: Params, targets: Array, values: Array) -> Array:
 def _pass(L: int, targets: Array, widths: Array, values: Array, seam: Array | None) -> Array:
     """States [tiles, steps] of the best path; with ``seam`` [tiles] both ends share those L - width bits.
 
-    Between two states that share bits q (the upper bits of the one, the lower of the next) cost[tile, q] is the best so far.
+    Between two states that share bits q (the upper bits of the one, the lower of the next) cost[tile, q] is the best
+    so far.
     """
     tiles, steps, _ = targets.shape
     before = widths[-1]
@@ -48,7 +49,9 @@ def _pass(L: int, targets: Array, widths: Array, values: Array, seam: Array | No
     choice = []
     for u in range(steps):
         here = ((targets[:, u, None, :] - values) ** 2).sum(axis=-1)  # [tiles, states]
-        here = here.reshape(tiles, 1 << before, -1) + cost[:, None]  # a state's low L - before bits are the q it came from
+        here = (
+            here.reshape(tiles, 1 << before, -1) + cost[:, None]
+        )  # a state's low L - before bits are the q it came from
         here = here.reshape(tiles, -1, 1 << widths[u])  # its low bits are those that the step leaves behind
         choice.append(here.argmin(axis=-1).astype(np.uint8))
         cost, before = here.min(axis=-1), widths[u]

@@ -11,9 +11,9 @@ from msgspec import Meta
 
 from .. import bits as fields
 from .. import blocks
-from ..dtypes import NUMPY, Array, Float, rounded
+from ..dtypes import NUMPY, Array, Float, Scale, rounded
 from ..errors import DamagedError, UnsupportedError
-from ..layout import Part, PartType
+from ..layout import Packed, Part, PartType
 from ..records import Record
 
 NAME = "int"
@@ -26,10 +26,10 @@ class Params(Record, frozen=True, kw_only=True):
     bits: Annotated[int, Meta(ge=1, le=8)]
     block: tuple[int, int] = (1, -1)
     view: tuple[int, int] | None = None
-    scales: PartType = "float16"
-    zero: float = 0
-    zeros: PartType | None = None
-    offsets: PartType | None = None
+    scales: Scale | Packed = "float16"
+    zero: Annotated[float, Meta(ge=-65536, le=65536)] = 0
+    zeros: Literal["uint8", "int16"] | Float | Packed | None = None
+    offsets: Float | Packed | None = None
     groups: Literal["int32"] | None = None
     rounding: Literal["none", "once", "each", "fused"] = "none"
     round_dtype: Float = "float32"
@@ -89,9 +89,9 @@ def _final(params: Params, values: Array) -> Array:
 
 
 def encode(params: Params, weight: Array) -> dict[str, Array]:
-    """float32 [out, in] -> parts. Of the scales ``RATIOS`` times the one that spans the block, the one with the smallest
-    squared error is taken, each rounded to its dtype before codes are chosen. Without ``zeros`` or ``offsets`` both signs of
-    the scale are tried: the integer range is not symmetric.
+    """float32 [out, in] -> parts. Of the scales ``RATIOS`` times the one that spans the block, the one with the
+    smallest squared error is taken, each rounded to its dtype before codes are chosen. Without ``zeros`` or
+    ``offsets`` both signs of the scale are tried: the integer range is not symmetric.
     """
     if params.groups or params.rounding != "none":
         raise UnsupportedError("int params that can be encoded: no groups, rounding none")
@@ -111,7 +111,9 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     parts = {"codes": fields.pack(codes, params.bits)}
     for name in ("scales", "zeros", "offsets"):
         if (dtype := getattr(params, name)) is not None:
-            parts[name] = best[name].reshape(blocks.grid(params.block, params.view or weight.shape)).astype(NUMPY[dtype])
+            parts[name] = (
+                best[name].reshape(blocks.grid(params.block, params.view or weight.shape)).astype(NUMPY[dtype])
+            )
     return parts
 
 
@@ -160,9 +162,11 @@ def units(params: Params) -> tuple[int, int]:
     return 1, 1
 
 
-def preset(bits: float, rotated: bool) -> dict[str, Any]:
+def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The params for ``quantize --codec int --bits BITS``: symmetric, 64 columns a scale."""
     if bits != int(bits) or not 1 <= bits <= 8:
         raise UnsupportedError("whole bits from 1 to 8 for int", f"{bits:g}")
-    # one bit has the levels -s/2 and s/2; from 2 bits on zero is a level
-    return {"bits": int(bits), "block": [1, 64], "scales": "float16", "zero": 2 ** (int(bits) - 1) if bits > 1 else 0.5}
+    params: dict[str, Any] = {"bits": int(bits), "block": [1, 64], "scales": "float16"}
+    if not settings.keys() & {"zeros", "offsets"}:
+        params["zero"] = 2 ** (int(bits) - 1) if bits > 1 else 0.5  # one bit has the levels -s/2 and s/2
+    return {**params, **settings}

@@ -1,4 +1,6 @@
-"""``table``: codes into a table of 2**bits entries of p values each, with a scale per block. Page: ``spec/codecs/table.md``."""
+"""``table``: codes into a table of 2**bits entries of p values each, with a scale per block. Page:
+``spec/codecs/table.md``.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from msgspec import Meta
 
 from .. import bits as fields
 from .. import blocks, tables
-from ..dtypes import NUMPY, Array, Float, rounded
+from ..dtypes import NUMPY, Array, Float, Scale, rounded
 from ..errors import DamagedError, UnsupportedError
-from ..layout import Part, PartType
+from ..layout import Packed, Part
 from ..records import Record
 
 NAME = "table"
@@ -32,7 +34,7 @@ class Params(Record, frozen=True, kw_only=True):
     table_block: tuple[int, int] = (-1, -1)
     block: tuple[int, int] = (1, -1)
     view: tuple[int, int] | None = None
-    scales: PartType | None = None
+    scales: Scale | Packed | None = None
     rounding: Literal["none", "once"] = "none"
     round_dtype: Float = "float32"
 
@@ -69,7 +71,13 @@ def layout(params: Params, shape: tuple[int, int]) -> list[Part]:
 
 def _with_entries(part: Part, params: Params) -> Part:
     return Part(
-        part.name, part.dtype, (*part.shape, 2**params.bits, params.p), part.out_axis, part.out_unit, part.in_axis, part.in_unit
+        part.name,
+        part.dtype,
+        (*part.shape, 2**params.bits, params.p),
+        part.out_axis,
+        part.out_unit,
+        part.in_axis,
+        part.in_unit,
     )
 
 
@@ -92,9 +100,9 @@ def decode(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
 
 
 def encode(params: Params, weight: Array) -> dict[str, Array]:
-    """float32 [out, in] -> parts. Each block tries ``STEPS`` scales, evenly spaced from 0.7 times the one that matches the
-    table's root mean square to the one that reaches the largest magnitude, and keeps the one with the smallest squared
-    error; the code is the nearest entry. A stored table is Lloyd's for the whole weight.
+    """float32 [out, in] -> parts. Each block tries ``STEPS`` scales, evenly spaced from 0.7 times the one that
+    matches the table's root mean square to the one that reaches the largest magnitude, and keeps the one with the
+    smallest squared error; the code is the nearest entry. A stored table is Lloyd's for the whole weight.
     """
     if params.rounding != "none" or params.view is not None:
         raise UnsupportedError("table params that can be encoded: no view, rounding none")
@@ -178,17 +186,29 @@ def units(params: Params) -> tuple[int, int]:
     return 1, params.p
 
 
-VECTOR_GRIDS = {2: "gauss-p4-n256", 3: "higgs-p2-n64", 4: "higgs-p2-n256"}  # bits -> the best grid for a Gaussian weight
+VECTOR_GRIDS = {
+    2: "gauss-p4-n256",
+    3: "higgs-p2-n64",
+    4: "higgs-p2-n256",
+}  # bits -> the best grid for a Gaussian weight
 
 
-def preset(bits: float, rotated: bool) -> dict[str, Any]:
-    """The params for ``quantize --codec table --bits BITS``: the optimal scalar quantizer with 64 columns a scale; for a rotated
-    weight a vector grid (HIGGS) and one scale.
+def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The params for ``quantize --codec table --bits BITS``: the optimal scalar quantizer with 64 columns a scale;
+    for a rotated weight a vector grid (HIGGS) and one scale.
     """
     if bits != int(bits) or not 1 <= bits <= 8:
-        raise UnsupportedError("whole bits from 1 to 8 for table", f"{bits:g}", hint="--set bits=, p= and table= reach others")
+        raise UnsupportedError(
+            "whole bits from 1 to 8 for table", f"{bits:g}", hint="--set bits=, p= and table= reach others"
+        )
     if not rotated:
-        return {"bits": int(bits), "table": f"gauss-p1-n{2 ** int(bits)}", "block": [1, 64], "scales": "float16"}
+        return {
+            "bits": int(bits),
+            "table": f"gauss-p1-n{2 ** int(bits)}",
+            "block": [1, 64],
+            "scales": "float16",
+            **settings,
+        }
     grid = VECTOR_GRIDS.get(int(bits), f"gauss-p1-n{2 ** int(bits)}")
     p = tables.named(grid).shape[1]
-    return {"bits": int(bits) * p, "p": p, "table": grid, "block": [-1, -1], "scales": "float16"}
+    return {"bits": int(bits) * p, "p": p, "table": grid, "block": [-1, -1], "scales": "float16", **settings}

@@ -1,6 +1,8 @@
-"""``trellis``: a bitshift trellis; each state of L bits is a window of a tile's cyclic bit string and stands for V values.
+"""``trellis``: a bitshift trellis; each state of L bits is a window of a tile's cyclic bit string and stands for V
+values.
 
-Page: ``spec/codecs/trellis.md``. After QTIP (Tseng et al. 2024); one layout holds QTIP, YAQA and EXL3 files and our own.
+Page: ``spec/codecs/trellis.md``. After QTIP (Tseng et al. 2024); one layout holds QTIP, YAQA and EXL3 files and our
+own.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import numpy as np
 from msgspec import Meta
 
 from .. import blocks, tables
-from ..dtypes import NUMPY, Array
+from ..dtypes import NUMPY, Array, Scale
 from ..errors import DamagedError, UnsupportedError
-from ..layout import Part, PartType
+from ..layout import Packed, Part
 from ..records import Record
 from . import _trellis_codes as states
 from . import _trellis_search as search
@@ -26,10 +28,11 @@ CHUNK = 1 << 12  # tiles decoded at a time: bounds the memory of the unpacked bi
 
 
 class Params(Record, frozen=True, kw_only=True):
-    """``value = code(state) * scale``. ``bits`` is a cyclic list of bits per weight, one for each step; ``order`` names, lowest
-    first, the bit of the row (r) or column (c) that each bit of an element's number is. ``shift``, ``taps``, ``index`` and
-    ``additive`` belong to the code ``hash`` (``index``, the bits of an index into a table, to ``hyb`` too); ``multiplier`` to ``mcg`` and ``mul1``; ``table`` to ``hash``, ``hyb`` and
-    ``table``: a named table, or the dtype of the part ``table``.
+    """``value = code(state) * scale``. ``bits`` is a cyclic list of bits per weight, one for each step; ``order``
+    names, lowest first, the bit of the row (r) or column (c) that each bit of an element's number is. ``shift``,
+    ``taps``, ``index`` and ``additive`` belong to the code ``hash`` (``index``, the bits of an index into a table, to
+    ``hyb`` too); ``multiplier`` to ``mcg`` and ``mul1``; ``table`` to ``hash``, ``hyb`` and ``table``: a named table,
+    or the dtype of the part ``table``.
     """
 
     L: Annotated[int, Meta(ge=8, le=16)]
@@ -46,19 +49,23 @@ class Params(Record, frozen=True, kw_only=True):
     additive: bool = False
     table: str | None = None
     block: tuple[int, int] = (1, -1)
-    scales: PartType | None = None
+    scales: Scale | Packed | None = None
 
     def __post_init__(self) -> None:
         blocks.validate(self.block, None)
         if any(self.V * bits > self.L for bits in self.bits) or 32 % len(self.bits):
-            raise DamagedError(f"bits whose number divides 32, each at most L / V = {self.L // self.V}", str(list(self.bits)))
+            raise DamagedError(
+                f"bits whose number divides 32, each at most L / V = {self.L // self.V}", str(list(self.bits))
+            )
         rows, cols = (side.bit_length() - 1 for side in self.tile)
         if (1 << rows, 1 << cols) != self.tile or not 32 <= self.tile[0] * self.tile[1] <= 4096:
             raise DamagedError("a tile of powers of two with 32 to 4096 elements", str(list(self.tile)))
         if sorted(self.order.split()) != sorted([f"r{i}" for i in range(rows)] + [f"c{i}" for i in range(cols)]):
             raise DamagedError(f"an order of the bits of a {self.tile[0]} x {self.tile[1]} tile", repr(self.order))
         if self.string_bits < self.L or self.string_bits % 8:
-            raise DamagedError(f"a bit string of whole bytes and at least L = {self.L} bits", f"{self.string_bits} bits")
+            raise DamagedError(
+                f"a bit string of whole bytes and at least L = {self.L} bits", f"{self.string_bits} bits"
+            )
         states.validate(self)
 
     @property
@@ -80,7 +87,9 @@ class Params(Record, frozen=True, kw_only=True):
 def layout(params: Params, shape: tuple[int, int]) -> list[Part]:
     (rows, cols), (high, wide) = shape, params.tile
     if rows % high or cols % wide:
-        raise DamagedError(f"rows and columns in whole {high} x {wide} tiles", f"{rows} x {cols}", hint="see stored_shape")
+        raise DamagedError(
+            f"rows and columns in whole {high} x {wide} tiles", f"{rows} x {cols}", hint="see stored_shape"
+        )
     size = (rows // high, cols // wide, params.string_bits // 8)
     parts = [Part("codes", "uint8", size, 0, Fraction(high), 1, Fraction(wide))]
     if params.scales is not None:
@@ -98,7 +107,9 @@ def values(params: Params, parts: Mapping[str, Array]) -> Array:
 
 
 def place(params: Params) -> Array:
-    """Element number of step u, value v (``u * V + v``) -> its index in the row-major tile: int32 [elements of a tile]."""
+    """Element number of step u, value v (``u * V + v``) -> its index in the row-major tile: int32 [elements of a
+    tile].
+    """
     number = np.arange(params.tile[0] * params.tile[1])
     row, col = np.zeros_like(number), np.zeros_like(number)
     for bit, name in enumerate(params.order.split()):
@@ -181,8 +192,8 @@ def encode(params: Params, weight: Array, path: search.Search = search.viterbi) 
 
 
 def gain(params: Params) -> float:
-    """What a source is divided by, times its root mean square over the table's: a finer trellis wants more of its reach.
-    Measured on Gaussian samples (`bench/distortion.py`).
+    """What a source is divided by, times its root mean square over the table's: a finer trellis wants more of its
+    reach. Measured on Gaussian samples (`bench/distortion.py`).
     """
     mean = float(np.mean(params.bits))
     return 1.0 if mean <= 2 else max(0.8, 1.0 - 0.05 * (mean - 2))
@@ -191,7 +202,9 @@ def gain(params: Params) -> float:
 def _scales(params: Params, weight: Array, table: Array) -> Array:
     grouped = blocks.gather(weight, params.block)
     spread = np.sqrt((grouped**2).mean(axis=0)) / np.sqrt((table**2).mean()) / gain(params)
-    out: Array = spread.reshape(blocks.grid(params.block, weight.shape)).astype(NUMPY[str(params.scales)]).astype(np.float32)
+    out: Array = (
+        spread.reshape(blocks.grid(params.block, weight.shape)).astype(NUMPY[str(params.scales)]).astype(np.float32)
+    )
     return out
 
 
@@ -208,7 +221,12 @@ def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) ->
     blocks.check_finite({name: parts[name] for name in ("scales", "table") if name in parts})
 
 
-ORDERS = {1: "c0 c1 c2 c3 r0 r1 r2 r3", 2: "c2 c3 c0 c1 r0 r1 r2 r3", 3: "c0 c1 r0 r1 r2 r3 c2 c3", 4: "c2 c0 c1 r0 r1 r2 r3 c3"}
+ORDERS = {
+    1: "c0 c1 c2 c3 r0 r1 r2 r3",
+    2: "c2 c3 c0 c1 r0 r1 r2 r3",
+    3: "c0 c1 r0 r1 r2 r3 c2 c3",
+    4: "c2 c0 c1 r0 r1 r2 r3 c3",
+}
 
 
 def units(params: Params) -> tuple[int, int]:
@@ -216,16 +234,18 @@ def units(params: Params) -> tuple[int, int]:
     return params.tile
 
 
-def preset(bits: float, rotated: bool) -> dict[str, Any]:
-    """The params for ``quantize --codec trellis --bits BITS``: the code ``hash`` at 2 to 4 bits with L = 12, else ``mul1`` with
-    L = 16. A fraction of eighths alternates between neighbouring widths. One scale for a rotated weight, else one a row.
+def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The params for ``quantize --codec trellis --bits BITS``: the code ``hash`` at 2 to 4 bits with L = 12, else
+    ``mul1`` with L = 16. A fraction of eighths alternates between neighbouring widths. One scale for a rotated
+    weight, else one a row.
     """
     if not 1 <= bits <= 8 or bits * 8 != int(bits * 8):
         raise UnsupportedError("eighths of bits from 1 to 8 for trellis", f"{bits:g}")
     widths = _widths(bits)
     order = ORDERS.get(widths[0] if len(widths) == 1 else 1, ORDERS[1])
-    code = states.hash_preset(widths[0]) if widths in ([2], [3], [4]) else {"L": 16, "code": "mul1"}
-    return {"bits": widths, "order": order, **code, "block": [-1, -1] if rotated else [1, -1], "scales": "float16"}
+    code = states.preset(widths, settings.get("code"))
+    scales = {"block": [-1, -1] if rotated else [1, -1], "scales": "float16"}
+    return {"bits": widths, "order": order, **code, **scales, **settings}
 
 
 def _widths(bits: float) -> list[int]:
