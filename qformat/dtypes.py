@@ -47,6 +47,18 @@ def name_of(dtype: np.dtype[Any] | type) -> str:
 
 
 def rounded(values: Array, dtype: str) -> Array:
-    """float values rounded to the nearest value of ``dtype`` (ties to even), widened back to float32."""
+    """float values rounded once to the nearest value of ``dtype`` (ties to even), widened back to float32."""
+    if values.dtype == np.float64 and dtype == "bfloat16":
+        values = _to_odd(values)
     with np.errstate(over="ignore"):  # a value beyond float16's reach becomes infinite, which `check` names
         return values.astype(NUMPY[dtype]).astype(np.float32)
+
+
+def _to_odd(values: Array) -> Array:
+    """float64 -> float32 rounded to odd: ml_dtypes goes through float32 to reach bfloat16, and this keeps ties apart."""
+    with np.errstate(over="ignore"):
+        near = values.astype(np.float32)
+    inexact = near != values
+    near = np.where(np.abs(near) > np.abs(values), np.nextafter(near, np.float32(0)), near)
+    odd: Array = (near.view(np.uint32) | inexact).view(np.float32)
+    return odd

@@ -39,7 +39,7 @@ class Params(Record, frozen=True, kw_only=True):
     V: Literal[1, 2] = 1
     bits: Annotated[tuple[Annotated[int, Meta(ge=1, le=8)], ...], Meta(min_length=1, max_length=32)]
     code: Literal["hash", "1mad", "3inst", "hyb", "mcg", "mul1", "table"]
-    tile: tuple[int, int] = (16, 16)
+    tile: tuple[Annotated[int, Meta(ge=1, le=4096)], Annotated[int, Meta(ge=1, le=4096)]] = (16, 16)
     order: str
     reversed: bool = False
     multiplier: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
