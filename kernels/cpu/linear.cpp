@@ -18,8 +18,9 @@ namespace {
 
 const Decoder decoders[] = {decode_int, decode_table, decode_trellis};  // by codec
 
-constexpr int64_t scratch = 1 << 15;  // floats: 128 KiB, a part of the second-level cache
-constexpr int64_t worth = 1 << 16;    // multiplications or decoded weights that are worth another thread
+constexpr int64_t scratch = 1 << 15;   // floats: 128 KiB, a part of the second-level cache
+constexpr int64_t deepest = 1 << 12;   // columns of a strip: those of the widest tile
+constexpr int64_t worth = 1 << 16;     // multiplications or decoded weights that are worth another thread
 
 int threads_for(int64_t work, int threads) {
   const int64_t most = std::max<int64_t>(1, work / worth);
@@ -55,13 +56,18 @@ template <int W, int M, int N> QF_INLINE void dots_tile(const Dots& d, int64_t i
   typedef typename Lanes<W>::f f;
   const float* x = d.x + i * d.ldx;
   const float* w = d.w + r * d.ldw;
-  f sum[M][N] = {};
+  f sum[M][N];
+  for (auto& row : sum)
+    for (f& one : row) one = f{};
   int64_t k = 0;
-  for (; k + W <= d.depth; k += W)
-    for (int n = 0; n < N; n++) {
-      const f wn = load<f>(w + n * d.ldw + k);
-      for (int m = 0; m < M; m++) sum[m][n] += load<f>(x + m * d.ldx + k) * wn;
+  for (; k + W <= d.depth; k += W) {
+    f wk[N];
+    for (int n = 0; n < N; n++) wk[n] = load<f>(w + n * d.ldw + k);
+    for (int m = 0; m < M; m++) {
+      const f xk = load<f>(x + m * d.ldx + k);
+      for (int n = 0; n < N; n++) sum[m][n] += xk * wk[n];
     }
+  }
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) {
       float tail = 0;
@@ -73,11 +79,15 @@ template <int W, int M, int N> QF_INLINE void dots_tile(const Dots& d, int64_t i
 }
 
 template <int W> QF_INLINE void dots(const Dots& d) {
+  constexpr int M = 6;
+  float near[M * deepest];  // rows of x brought together: a power of two apart they would share a few sets of the cache
   int64_t i = 0;
-  for (; i + 6 <= d.m; i += 6) {
+  for (; i + M <= d.m; i += M) {
+    for (int m = 0; m < M; m++) memcpy(near + m * d.depth, d.x + (i + m) * d.ldx, sizeof(float) * d.depth);
+    const Dots here{near - i * d.depth, d.m, d.depth, d.w, d.n, d.ldw, d.depth, d.y, d.ldy, d.add};
     int64_t r = 0;
-    for (; r + 2 <= d.n; r += 2) dots_tile<W, 6, 2>(d, i, r);
-    for (; r < d.n; r++) dots_tile<W, 6, 1>(d, i, r);
+    for (; r + 2 <= d.n; r += 2) dots_tile<W, M, 2>(here, i, r);
+    for (; r < d.n; r++) dots_tile<W, M, 1>(here, i, r);
   }
   for (; i < d.m; i++) {
     int64_t r = 0;
