@@ -89,3 +89,8 @@ def search_error(
 def encode(params: Params, weight: Array) -> dict[str, Array]:
     """The codec's ``encode`` with the fast search, on one thread: weights are encoded side by side."""
     return codec.encode(params, weight, path=functools.partial(search, threads=1))
+
+
+def encode(params: Params, weight: Array) -> dict[str, Array]:
+    """The codec's ``encode``, its paths found by the library."""
+    return codec.encode(params, weight, path=search)
