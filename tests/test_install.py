@@ -24,8 +24,6 @@ MAPPED = ("converters", "runtime", "kernels", "spec", "examples")
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "tiny-*", "tests")
 NO_COMPILER = {"CC": "false", "CXX": "false"}
 
-pytestmark = pytest.mark.xdist_group("install")
-
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1", **variables}
