@@ -10,9 +10,10 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
-from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ SIGNATURES: dict[str, list[Any]] = {
     "qf_trellis_encode": [
         *(c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int64, c_int32),
         *(c_void_p, c_void_p),
+    ],
+    "qf_int_search": [
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_float, c_int32),
+        *(c_int32, c_void_p, c_void_p),
+    ],
+    "qf_table_search": [
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+        *(c_int32, c_int32, c_void_p, c_void_p),
     ],
 }
 
@@ -219,3 +228,9 @@ def grid(block: blocks.Block, view: blocks.Block | None, shape: tuple[int, int])
         return None
     return Grid(1, cols, shape[1] // cols)  # runs of `cols` elements, counted through the matrix
 
+
+def stretches(count: int, size: int = 1 << 14) -> Iterator[slice]:
+    """0 to count in stretches of about ``size``, none of a single one unless ``count`` is 1."""
+    edges = np.linspace(0, count, max(1, count // size) + 1).astype(int)
+    for start, stop in itertools.pairwise(edges):
+        yield slice(int(start), int(stop))

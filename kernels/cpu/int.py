@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from ctypes import Structure, c_float, c_int64, c_void_p
 
+import numpy as np
+
+from qformat import bits as fields
+from qformat import blocks
+from qformat.codecs import int as codec
 from qformat.codecs.int import Params
-from qformat.dtypes import Array
+from qformat.dtypes import NUMPY, Array
 from qformat.errors import DamagedError
 
 from .. import native
@@ -47,3 +52,32 @@ def matrix(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
     )
     held = (parts["codes"], *scales[1], *zeros[1], *offsets[1], *([] if groups is None else [groups]))
     return native.Matrix(head, held)
+
+
+def encode(params: Params, weight: Array) -> dict[str, Array]:
+    """The codec's ``encode``, its candidates weighed by the library: equal bit for bit."""
+    if params.groups or params.rounding != "none":
+        return codec.encode(params, weight)
+    grouped = blocks.gather(weight.astype(np.float32), params.block, params.view)
+    n, number = grouped.shape
+    top = np.float32(2**params.bits - 1)
+    codes, best = np.empty((n, number), np.uint16), np.empty(number, np.int32)
+    names = ("scales", "zeros", "offsets")
+    kept = {name: np.empty(number, np.float32) for name in names}
+    for here in native.stretches(number):
+        tried = zip(*codec._candidates(params, grouped[:, here], top), strict=True)
+        tables = {name: np.stack(values) for name, values in zip(names, tried, strict=True)}
+        native.call(
+            *("qf_int_search", grouped[:1, here], n, here.stop - here.start, number, len(tables["scales"])),
+            *(tables["scales"], tables["zeros"], tables["offsets"], 0.0, top, number == 1, 0),
+            *(codes[:1, here], best[here]),
+        )
+        for name in names:
+            kept[name][here] = np.take_along_axis(tables[name], best[None, here], axis=0)[0]
+    matrix = blocks.scatter(codes.astype(np.uint8), weight.shape, params.block, params.view)
+    parts = {"codes": fields.pack(matrix, params.bits)}
+    for name in names:
+        if (dtype := getattr(params, name)) is not None:
+            stored = kept[name].reshape(blocks.grid(params.block, params.view or weight.shape))
+            parts[name] = stored.astype(NUMPY[dtype])
+    return parts

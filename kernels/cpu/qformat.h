@@ -87,3 +87,23 @@ QF_EXPORT int32_t qf_linear(const qf_matrix* matrix, const float* x, int64_t m, 
 QF_EXPORT int32_t qf_trellis_encode(const float* x, int64_t tiles, int64_t steps, const float* values, int32_t L,
                                     int32_t V, const int32_t* bits, int32_t nbits, int64_t seam, int32_t threads,
                                     uint8_t* codes, double* error);
+
+// Which of the candidates suits each block best, and the codes that go with it (qformat/codecs/int.py, encode).
+//   x       [n, blocks]           elements of a block down, blocks across; rows lie `stride` apart, those of codes too
+//   scale   [candidates, blocks]  and zero and offset likewise; a null zero means zero_value, a null offset 0
+//   whole   1 where the matrix is a single block: its errors are summed in another order
+//   codes   [n, blocks]           out
+//   best    [blocks]              out: the number of the candidate
+QF_EXPORT int32_t qf_int_search(const float* x, int64_t n, int64_t blocks, int64_t stride, int64_t candidates,
+                                const float* scale, const float* zero, const float* offset, float zero_value, float top,
+                                int32_t whole, int32_t threads, uint16_t* codes, int32_t* best);
+
+// The same for vectors of p elements and the nearest of the entries of a table (qformat/codecs/table.py, encode).
+//   values  [entries, p]
+//   borders p = 1: [entries - 1] the middles between neighbouring levels, ascending; else [entries] |entry|^2 / 2
+//   order   p = 1: [entries] the entry of each level, ascending; else null
+//   codes   [n / p, blocks]  out
+QF_EXPORT int32_t qf_table_search(const float* x, int64_t n, int64_t blocks, int64_t stride, int64_t candidates,
+                                  const float* scale, int64_t p, int64_t entries, const float* values,
+                                  const float* borders, const int32_t* order, int32_t whole, int32_t threads,
+                                  uint16_t* codes, int32_t* best);

@@ -7,9 +7,11 @@ from ctypes import Structure, c_int64, c_void_p
 
 import numpy as np
 
-from qformat import tables
+from qformat import bits as fields
+from qformat import blocks, tables
+from qformat.codecs import table as codec
 from qformat.codecs.table import Params
-from qformat.dtypes import Array
+from qformat.dtypes import NUMPY, Array
 
 from .. import native
 
@@ -49,3 +51,47 @@ def _pairs(bits: int, entries: Array, cols: int) -> tuple[int, Array]:
         entries = np.concatenate([np.tile(entries, (n, 1)), np.repeat(entries, n, axis=0)], axis=1)
         bits *= 2
     return bits, entries
+
+
+def encode(params: Params, weight: Array) -> dict[str, Array]:
+    """The codec's ``encode``, its candidates weighed by the library."""
+    if params.stored or params.view is not None or params.rounding != "none" or not isinstance(params.scales, str):
+        return codec.encode(params, weight)
+    if blocks.size(params.block, weight.shape)[1] % params.p:
+        return codec.encode(params, weight)
+    entries = np.ascontiguousarray(tables.named(params.table), np.float32)
+    grouped = blocks.gather(weight.astype(np.float32), params.block)
+    n, number = grouped.shape
+    borders, order = _borders(entries)
+    codes, best = np.empty((n // params.p, number), np.uint16), np.empty(number, np.int32)
+    kept = np.empty(number, np.float32)
+    for here in native.stretches(number):
+        scale = _candidates(params, grouped[:, here], entries)
+        native.call(
+            *("qf_table_search", grouped[:1, here], n, here.stop - here.start, number, len(scale), scale),
+            *(params.p, len(entries), entries, borders, order, number == 1, 0, codes[:1, here], best[here]),
+        )
+        kept[here] = np.take_along_axis(scale, best[None, here], axis=0)[0]
+    rows, cols = blocks.size(params.block, weight.shape)
+    matrix = blocks.scatter(codes, (weight.shape[0], weight.shape[1] // params.p), (rows, cols // params.p))
+    stored = kept.reshape(blocks.grid(params.block, weight.shape)).astype(NUMPY[params.scales])
+    return {"codes": fields.pack(matrix, params.bits), "scales": stored}
+
+
+def _borders(entries: Array) -> tuple[Array, Array | None]:
+    """What the library finds the nearest entry by: see qformat.h."""
+    if entries.shape[1] > 1:
+        return (entries**2).sum(axis=1) / 2, None
+    order = np.argsort(entries[:, 0], kind="stable")
+    levels = entries[order, 0]
+    return (levels[1:] + levels[:-1]) / 2, order.astype(np.int32)
+
+
+def _candidates(params: Params, grouped: Array, entries: Array) -> Array:
+    """The scales that `encode` tries: float32 [candidates, blocks]."""
+    spread = np.sqrt((grouped**2).sum(axis=0, dtype=np.float32) / np.float32(len(grouped)))
+    low = np.float32(0.7) * spread / np.float32(np.sqrt((entries**2).mean()))
+    high = np.maximum(np.abs(grouped).max(axis=0) / np.abs(entries).max(), np.float32(1.5) * low)
+    steps = np.arange(codec.STEPS) / (codec.STEPS - 1)
+    scale = low + (high - low) * steps.astype(np.float32)[:, None]
+    return scale.astype(NUMPY[str(params.scales)]).astype(np.float32)
