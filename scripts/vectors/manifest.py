@@ -1,0 +1,126 @@
+"""Vectors of the manifest and of part names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .case import NAME, Draft, entry, fill, packed, refused, write_file
+from .files import with_tensors
+
+INT = {"codec": "int", "bits": 4, "block": [1, 8], "zero": 8}
+SHAPE = (3, 8)
+
+
+def drafts() -> Iterator[Draft]:
+    yield from _valid()
+    yield from _parts()
+    yield from _versions()
+    yield from _entries()
+    yield from _names()
+
+
+def several(name: str, what: str, rules: str, patterns: list[str], names: list[str], **keys: Any) -> Draft:
+    """One entry for several weights, each with its own parts."""
+    item = entry(INT, SHAPE)
+    item["weights"] = patterns
+    tensors = {f"{w}_{part}": a for w in names for part, a in fill(f"{name}/{w}", entry(INT, SHAPE)).items()}
+    return Draft(
+        name,
+        what,
+        tuple(rules.split()),
+        lambda folder: write_file(folder / "input.safetensors", tensors, [item], **keys),
+        entries=(item,),
+    )
+
+
+def _valid() -> Iterator[Draft]:
+    names = [f"l.{i}.{side}" for i in range(9, 12) for side in ("up", "down")]
+    yield several("manifest/pattern", "patterns of layers 9 to 11", "M5", ["l.{9..11}.up", "l.{9..11}.down"], names)
+    pairs = [f"l.{i}.experts.{j}.w" for i in range(2) for j in range(2, 4)]
+    yield several("manifest/pattern-product", "two pairs of braces: their product", "M5", ["l.{0..1}.experts.{2..3}.w"], pairs)
+    yield several("manifest/alias", "a tied weight under its second name", "M6", ["a.w"], ["a.w"], aliases={"b.w": "a.w"})
+    extra = {"activations": {"bits": 8}, "kv_cache": None, "provenance": {"any": ["thing", 1.5]}, "x-note": {"unknown": True}}
+    yield several("manifest/unknown-top-level", "keys of the top level that no version knows", "M2", ["w"], ["w"], **extra)
+
+
+def _parts() -> Iterator[Draft]:
+    item = entry(INT, SHAPE)
+    whole = {f"{NAME}_{part}": array for part, array in fill("manifest/parts", item).items()}
+
+    def bad(name: str, what: str, rules: str, tensors: dict[str, Any], items: list[dict[str, Any]] | None = None) -> Draft:
+        return with_tensors(f"manifest/invalid-{name}", what, rules, tensors, items or [item], error="damaged")
+
+    scales = whole[f"{NAME}_scales"]
+    yield bad("part-missing", "no scales", "P2", {k: v for k, v in whole.items() if k != f"{NAME}_scales"})
+    yield bad("part-dtype", "scales of another dtype than the params say", "P2", {**whole, f"{NAME}_scales": scales.astype(np.float32)})
+    yield bad("part-shape", "scales of another shape", "P2", {**whole, f"{NAME}_scales": scales.reshape(1, 3)})
+    codes = whole[f"{NAME}_codes"]
+    yield bad("part-short", "codes that are a byte short", "P2", {**whole, f"{NAME}_codes": codes[:, :-1].copy()})
+    other = {**item, "weights": [f"{NAME}_codes"]}
+    both = {**whole, **{f"{NAME}_codes_{part}": array for part, array in fill("manifest/other", item).items()}}
+    yield bad("part-is-weight", "a weight has the name of another one's part", "P3", both, [item, other])
+
+
+def _versions() -> Iterator[Draft]:
+    item = entry(INT, SHAPE)
+
+    def bad(name: str, what: str, rules: str, error: str = "damaged", **keys: Any) -> Draft:
+        return refused(f"manifest/invalid-{name}", what, rules, item, like=item, error=error, **keys)
+
+    yield bad("version-major", "a later major version", "M1", "unsupported", version="1.0")
+    yield bad("version-minor", "another minor version of 0", "M1", "unsupported", version="0.2")
+    yield bad("version-number", "a version that is a number", "M1", "unsupported", version=0.1)
+    yield bad("method", "another quant_method", "M1", quant_method="gptq")
+    yield bad("entries", "entries that are no list", "M4", entries={"0": item})
+    yield bad("aliases", "an alias of a number", "M6", aliases={"a": 1})
+    text = json.dumps({"quant_method": "qformat", "version": "0.1", "entries": [item]})
+    twice = text.replace('"bits": 4', '"bits": 4, "bits": 4')
+    tensors = {f"{NAME}_{part}": array for part, array in fill("manifest/twice", item).items()}
+    yield with_tensors("manifest/invalid-key-twice", "a key twice, with equal values", "F4", tensors, twice, error="damaged")
+
+
+def _entries() -> Iterator[Draft]:
+    item = entry(INT, SHAPE)
+
+    def bad(name: str, what: str, rules: str, error: str = "damaged", **keys: Any) -> Draft:
+        return refused(f"manifest/invalid-{name}", what, rules, {**item, **keys}, like=item, error=error)
+
+    yield bad("unknown-key-entry", "an unknown key of an entry", "M2", colour="red")
+    yield bad("unknown-key-term", "an unknown key of a term", "M2", terms=[{**INT, "colour": "red"}])
+    yield bad("unknown-key-rotation", "an unknown side", "M2", rotation={"up": {"size": 1}})
+    yield bad("unknown-key-side", "an unknown key of a side", "M2", rotation={"in": {"angle": 1}})
+    yield bad("unknown-codec", "a codec that this version does not have", "M3", "unsupported", terms=[{"codec": "e9p"}])
+    yield bad("no-codec", "a term without a codec", "M4", terms=[{"bits": 4}])
+    yield bad("float-for-integer", "bits of 4.0", "M4", terms=[{**INT, "bits": 4.0}])
+    yield bad("true-for-integer", "bits of true", "M4", terms=[{**INT, "bits": True}])
+    yield bad("no-terms", "no terms", "M4", terms=[])
+    yield bad("dtype", "a dtype that weights do not have", "M4", dtype="int8")
+    yield bad("label", "an unknown label", "M4", label="perfect")
+    yield bad("shape-zero", "an axis of length 0", "M4", shape=[0, 8])
+    yield bad("shape-of-1", "a vector", "M7", shape=[24])
+    yield bad("stack-too-deep", "a stack of one axis that leaves one", "M7", stack=1)
+    yield bad("transposed-conv", "a transposed weight with two axes after out", "M7", shape=[3, 4, 2], transposed=True)
+    yield bad("stored-smaller", "a stored_shape smaller than shape", "M8", stored_shape=[3, 7])
+    yield bad("stored-rank", "a stored_shape with an axis more", "M8", stored_shape=[1, 3, 8])
+    yield bad("stored-stack", "a stored_shape that pads the stack", "M8", shape=[1, 3, 8], stack=1, stored_shape=[2, 3, 8])
+
+
+def _names() -> Iterator[Draft]:
+    item = entry(INT, SHAPE)
+
+    def bad(name: str, what: str, patterns: list[str]) -> Draft:
+        return refused(f"manifest/invalid-{name}", what, "M5", {**item, "weights": patterns}, like=item)
+
+    yield bad("no-weights", "an entry of no weights", [])
+    yield bad("weight-twice", "one name by two patterns", [NAME, NAME])
+    yield bad("braces-billions", "a pattern of 10^36 names", ["{0..999999999}" * 4])
+    yield bad("braces-down", "a range that ends before it starts", ["w.{3..1}"])
+    yield bad("braces-zeros", "a number with a leading zero", ["w.{00..01}"])
+    yield bad("braces-open", "a brace that is no range", ["w.{a}"])
+    twice = [item, {**item, "label": "rounded"}]
+    yield refused("manifest/invalid-weight-in-two", "one name in two entries", "M5", twice, like=item)
