@@ -186,29 +186,22 @@ def units(params: Params) -> tuple[int, int]:
     return 1, params.p
 
 
-VECTOR_GRIDS = {
-    2: "gauss-p4-n256",
-    3: "higgs-p2-n64",
-    4: "higgs-p2-n256",
-}  # bits -> the best grid for a Gaussian weight
+# bits -> the best that is known for a Gaussian weight, at 2 and 3 bits with one scale: `bench/distortion.py`
+ROTATED: dict[int, dict[str, Any]] = {
+    2: {"bits": 8, "p": 4, "table": "gauss-p4-n256", "block": [-1, -1], "scales": "float16"},
+    3: {"bits": 6, "p": 2, "table": "higgs-p2-n64", "block": [-1, -1], "scales": "float16"},
+}
 
 
 def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The params for ``quantize --codec table --bits BITS``: the optimal scalar quantizer with 64 columns a scale;
-    for a rotated weight a vector grid (HIGGS) and one scale.
+    """The params for ``quantize --codec table --bits BITS``: the optimal scalar quantizer with 64 columns a scale.
+
+    For a rotated weight, whose variance the rotation carries, scales of 8 bits do, or a vector grid and one scale.
     """
     if bits != int(bits) or not 1 <= bits <= 8:
         raise UnsupportedError(
             "whole bits from 1 to 8 for table", f"{bits:g}", hint="--set bits=, p= and table= reach others"
         )
-    if not rotated:
-        return {
-            "bits": int(bits),
-            "table": f"gauss-p1-n{2 ** int(bits)}",
-            "block": [1, 64],
-            "scales": "float16",
-            **settings,
-        }
-    grid = VECTOR_GRIDS.get(int(bits), f"gauss-p1-n{2 ** int(bits)}")
-    p = tables.named(grid).shape[1]
-    return {"bits": int(bits) * p, "p": p, "table": grid, "block": [-1, -1], "scales": "float16", **settings}
+    scales = "float8_e4m3fn" if rotated else "float16"
+    scalar = {"bits": int(bits), "table": f"gauss-p1-n{2 ** int(bits)}", "block": [1, 64], "scales": scales}
+    return {**(ROTATED.get(int(bits), scalar) if rotated else scalar), **settings}
