@@ -30,6 +30,7 @@ def convert(
     """
     started = time.perf_counter()
     opened = checkpoint.open(source)
+    files = [file._asdict() for file in opened.files()]
     plan, found, reason = read(opened, scheme)
     coverage = account(opened, plan)
     exporter = exporters.get(to)
@@ -41,6 +42,6 @@ def convert(
         "from": found,
         "because": reason,
         "notes": list(plan.notes),
-        "files": [file._asdict() for file in opened.files()],
+        "files": files,
         "seconds": timed(started),
     }

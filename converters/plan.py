@@ -56,6 +56,8 @@ class Plan:
     left_out: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     activations: Any = None
+    kv_cache: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of a manifest that this version does not know
     notes: tuple[str, ...] = ()
     settings: Any = None  # the source's own, kept in the provenance
 

@@ -10,7 +10,7 @@ from typing import Any
 from qformat import checkpoint, names
 from qformat import verify as check
 from qformat.checkpoint import Checkpoint
-from qformat.errors import QformatError, UsageError
+from qformat.errors import DamagedError
 
 from .importers import read
 from .write import account
@@ -65,7 +65,10 @@ def inspect(source: str | Path) -> dict[str, Any]:
 
 
 def verify(source: str | Path) -> dict[str, Any]:
-    """Every check of a qformat folder, or of the import of a foreign one; nothing is written."""
+    """Every check of a qformat folder, or of the import of a foreign one; nothing is written.
+
+    What is damaged is a problem of the report; what cannot be read at all (another version, another scheme) is raised.
+    """
     opened, plan = None, None
     try:
         opened = checkpoint.open(source)
@@ -76,9 +79,7 @@ def verify(source: str | Path) -> dict[str, Any]:
             found = list(check.problems([lambda item=item: item.packed().check() for item in items]))  # type: ignore[misc]
         else:
             items, found = list(opened), check.verify(opened)
-    except UsageError:
-        raise
-    except QformatError as error:
+    except DamagedError as error:
         items, found = [], [error]
     return {
         "ok": not found,

@@ -42,34 +42,34 @@ def write(
     """Write ``plan``, made from ``source``, to the folder ``target``; ``coverage`` is what :func:`account` said of
     the import.
 
-    ``packed``: with a manifest. Raises :class:`UsageError` where the target exists and ``overwrite`` is not given.
+    ``packed``: with a manifest. Raises :class:`UsageError` where the target exists and ``overwrite`` is not given, or
+    where the source lies in it.
     """
+    if target.resolve() in source.path.resolve().parents:
+        raise UsageError("a target that does not hold the source", str(source.path), file=target)
     items = sorted(plan.items, key=lambda item: names.natural(item.name))
     with staged(target, overwrite) as folder:
-        try:
-            shards = _split(items, shard_bytes)
-            metadata = {"format": "pt"}
-            with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-                weight_map, total = {}, 0
-                done = _Counter(source, progress)
-                for number, shard in enumerate(shards, 1):
-                    name = files.SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-                    specs = _specs(shard)
-                    with ShardWriter(folder / name, specs, metadata) as out:
-                        for item, tensors in _made(pool, shard):
-                            for tensor, array in tensors.items():
-                                out.put(tensor, array)
-                            done(item)
-                    weight_map |= dict.fromkeys(specs, name)
-                    total += sum(one.nbytes for one in specs.values())
-            if len(shards) > 1:
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                (folder / files.INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-            _write_config(folder, plan, coverage, packed)
-            if source.path.is_dir():
-                _copy(source, folder)
-        except OSError as error:
-            raise SurroundingsError(f"a target that can be written: {error.strerror}", file=target) from None
+        shards = _split(items, shard_bytes)
+        metadata = {"format": "pt"}
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            weight_map, total = {}, 0
+            done = _Counter(source, progress)
+            for number, shard in enumerate(shards, 1):
+                name = files.SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+                specs = _specs(shard)
+                with ShardWriter(folder / name, specs, metadata) as out:
+                    for item, tensors in _made(pool, shard):
+                        for tensor, array in tensors.items():
+                            out.put(tensor, array)
+                        done(item)
+                weight_map |= dict.fromkeys(specs, name)
+                total += sum(one.nbytes for one in specs.values())
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / files.INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+        _write_config(folder, plan, coverage, packed)
+        if source.path.is_dir():
+            _copy(source, folder)
 
 
 def account(source: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -100,19 +100,29 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         folder.mkdir(parents=True)
+        try:
+            yield folder
+            _replace(target, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise SurroundingsError(f"a target that can be written: {error.strerror}", file=target) from None
+        where, why = error.filename or target, error.strerror or str(error)
+        raise SurroundingsError("files that can be read and written", why, file=where) from None
+
+
+def _replace(target: Path, folder: Path) -> None:
+    """``folder`` takes the place of ``target``; where that fails the old target is put back."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
     try:
-        yield folder
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _split(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
@@ -180,7 +190,12 @@ def _write_config(folder: Path, plan: Plan, coverage: Mapping[str, Any], packed:
         entries = manifest.group((item.name, item.entry) for item in plan.items if item.entry is not None)
         config[KEY] = manifest.write(
             manifest.Manifest(
-                entries=entries, aliases=plan.aliases, activations=plan.activations, provenance=provenance
+                entries=entries,
+                aliases=plan.aliases,
+                activations=plan.activations,
+                kv_cache=plan.kv_cache,
+                provenance=provenance,
+                extra=plan.extra,
             )
         )
     (folder / files.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

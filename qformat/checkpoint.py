@@ -5,6 +5,7 @@ others.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Checkpoint(Mapping[str, PackedWeight]):
         self.folder = path if path.is_dir() else path.parent
         self.weight_files = files.weight_files(path) if path.is_dir() else [path]
         self.config = _read_config(path / files.CONFIG) if path.is_dir() else {}
-        self.shards = [_open_shard(file, path) for file in self.weight_files]
+        self.shards = [_open_shard(file) for file in self.weight_files]
         self.tensors: dict[str, Tensor] = {}
         self._shard_of: dict[str, Shard] = {}
         for shard in self.shards:
@@ -82,6 +83,9 @@ class Checkpoint(Mapping[str, PackedWeight]):
         try:
             found = manifest.read(self.settings)
             self._entries = found.names(limit=len(self.tensors))
+            for alias, name in found.aliases.items():
+                if name not in self._entries or alias in self._entries or alias in self.tensors:
+                    raise DamagedError("an alias of a packed weight, stored once", repr(name), weight=alias)
         except QformatError as error:
             raise error.located(file=where) from None
         return found
@@ -164,7 +168,7 @@ def open(path: str | Path) -> Checkpoint:
     it.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise UsageError("a folder or file", "none", file=path)
     try:
         return Checkpoint(path)
@@ -172,19 +176,13 @@ def open(path: str | Path) -> Checkpoint:
         raise SurroundingsError(f"readable files: {error.strerror}", file=error.filename or path) from None
 
 
-def _open_shard(file: Path, path: Path) -> Shard:
-    if not file.exists():
-        raise DamagedError("the weight file that the index names", "none", file=file)
+def _open_shard(file: Path) -> Shard:
+    if not os.path.isfile(file):  # neither a folder nor what a read would wait for
+        raise DamagedError("a weight file", "none", file=file)
     return Shard(file)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        config = read_json(path.read_bytes())
-        if not isinstance(config, dict):
-            raise DamagedError("a JSON object", type(config).__name__)
-    except DamagedError as error:
-        raise error.located(file=path) from None
-    return config
+    return files.read_object(path)

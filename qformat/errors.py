@@ -56,5 +56,5 @@ class InterruptedJob(QformatError):
 
 def one_line(text: str, limit: int = 400) -> str:
     """Names and values from a file may hold anything: newlines and escape sequences do not reach the terminal."""
-    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .errors import DamagedError, UnsupportedError
 from .records import read_json
@@ -48,6 +48,7 @@ SECOND_COPIES = (
     "*.safetensors",
     "*.index.json",
 )
+POINTER = b"version https://git-lfs"  # how the file begins that stands for one which was not fetched
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -62,7 +63,7 @@ def within(folder: Path, name: str) -> Path:
     folder.
     """
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
         raise DamagedError("the name of a file in this folder", repr(name), file=folder / INDEX)
     return folder / pure
 
@@ -91,25 +92,52 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name as the index has it."""
     path = folder / INDEX
-    try:
-        index = read_json(path.read_bytes())
-    except DamagedError as error:
-        raise error.located(file=path) from None
-    found = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise DamagedError("weight_map from tensor names to file names", file=path)
+    found = read_object(path).get("weight_map")
+    if not isinstance(found, dict):
+        raise DamagedError("weight_map from tensor names to file names", repr(found), file=path)
+    for tensor, file in found.items():
+        if not isinstance(file, str):
+            raise DamagedError("the name of a file", repr(file), file=path, weight=tensor)
     return found
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    text = path.read_bytes()
+    if text.startswith(POINTER):
+        raise pointer(path)
+    try:
+        found = read_json(text)
+    except DamagedError as error:
+        raise error.located(file=path) from None
+    if not isinstance(found, dict):
+        raise DamagedError("a JSON object", type(found).__name__, file=path)
+    return found
+
+
+def pointer(path: Path) -> DamagedError:
+    return DamagedError("a file", "a Git LFS pointer to one", file=path, hint="fetch it with `git lfs pull`")
+
+
 def survey(folder: Path, weights: list[Path]) -> list[File]:
-    """Every file of the folder with what becomes of it; hidden files and folders are not looked at."""
+    """Every file of the folder with what becomes of it; hidden files and folders are not looked at.
+
+    Raises :class:`DamagedError` for a Git LFS pointer among those that are copied.
+    """
     out = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or any(part.startswith(".") for part in PurePosixPath(name).parts):
             continue
         out.append(File(name, *_fate(name, path in weights)))
+        if out[-1].fate == "copied" and path.is_file() and _begins(path) == POINTER:
+            raise pointer(path)
     return out
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(POINTER))
 
 
 def _fate(name: str, is_weight: bool) -> tuple[Literal["read", "copied", "left out"], str]:

@@ -53,6 +53,15 @@ class Entry(Record, frozen=True, kw_only=True):
                 raise DamagedError(f"a stored_shape that pads {list(self.shape)}", str(list(stored)))
 
 
+class Source(Record, frozen=True, kw_only=True):
+    """``provenance.source``: where the tensors of the source went."""
+
+    tensors: Annotated[int, Meta(ge=0)]
+    consumed: Annotated[int, Meta(ge=0)]
+    passed: Annotated[int, Meta(ge=0)]
+    left_out: tuple[str, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Entries, true ties, and what is kept for others. ``extra`` holds top-level keys that this version does not
     know.
@@ -99,14 +108,19 @@ def read(data: Any) -> Manifest:
         if not isinstance(data.get(key, {}), kind):
             raise DamagedError(f"{key} as an object", type(data[key]).__name__)
     aliases = dict(data.get("aliases", {}))
-    if not all(isinstance(name, str) for name in aliases.values()):
-        raise DamagedError("aliases from names to names")
+    for alias, name in aliases.items():
+        if not isinstance(name, str):
+            raise DamagedError("an alias of a weight's name", repr(name), weight=alias)
+    if "source" in (provenance := dict(data.get("provenance", {}))):
+        if not isinstance(provenance["source"], Mapping):
+            raise DamagedError("provenance.source as an object", repr(provenance["source"]))
+        read_record(Source, provenance["source"])
     return Manifest(
         entries=entries,
         aliases=aliases,
         activations=data.get("activations"),
         kv_cache=data.get("kv_cache"),
-        provenance=dict(data.get("provenance", {})),
+        provenance=provenance,
         extra={key: value for key, value in data.items() if key not in _KNOWN},
     )
 
@@ -117,8 +131,8 @@ def _entry(item: Any) -> Entry:
     first = str(item["weights"][0]) if isinstance(item.get("weights"), list) and item["weights"] else ""
     try:
         entry = read_record(Entry, item)
-        for term in entry.terms:
-            read_term(term)
+        if all([read_term(term)[2] for term in entry.terms]):
+            raise DamagedError("a term inside the rotation", "none")
     except (DamagedError, UnsupportedError) as error:
         raise error.located(weight=first) from None
     return entry

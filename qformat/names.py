@@ -14,19 +14,21 @@ from .errors import DamagedError
 
 _RANGE = re.compile(r"\{(0|[1-9][0-9]{0,8})\.\.(0|[1-9][0-9]{0,8})\}")
 _NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])")
+MAX_RANGES = 8  # in one pattern
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key under which layer 2 comes before layer 10."""
-    return [
-        (0, int(run)) if run.isdecimal() and run.isascii() else (1, run) for run in re.split(r"([0-9]+)", name) if run
-    ]
+def natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sort key under which layer 2 comes before layer 10, and no two names are equal."""
+    runs = re.split(r"([0-9]{1,18})", name)  # longer runs are cut: Python refuses to read very long numbers
+    return [(0, int(run)) if run.isdecimal() and run.isascii() else (1, run) for run in runs if run], name
 
 
 def _split(pattern: str) -> tuple[list[str], list[tuple[int, int]]]:
     """Literal texts and the ranges between them."""
     pieces = _RANGE.split(pattern)
     texts, ranges = pieces[::3], [(int(a), int(b)) for a, b in zip(pieces[1::3], pieces[2::3], strict=True)]
+    if len(ranges) > MAX_RANGES:
+        raise DamagedError(f"at most {MAX_RANGES} ranges in a weight name", f"{len(ranges)} in {pattern!r}")
     if any("{" in text or "}" in text for text in texts) or any(a > b for a, b in ranges):
         raise DamagedError("a weight name, with {a..b} for integers from a to b", repr(pattern))
     return texts, ranges
@@ -57,8 +59,8 @@ def compress(names: Iterable[str]) -> list[str]:
     for name in names:
         if "{" in name or "}" in name:
             raise DamagedError("weight names without braces", repr(name))
-        texts = tuple(_NUMBER.split(name))
-        templates[texts].add(tuple(int(n) for n in _NUMBER.findall(name)))
+        texts = tuple(_NUMBER.split(name, MAX_RANGES))
+        templates[texts].add(tuple(int(n) for n in _NUMBER.findall(name)[:MAX_RANGES]))
     out = []
     for texts, numbers in templates.items():
         for ranges in _runs(numbers):

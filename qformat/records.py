@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from .errors import DamagedError
 
 R = TypeVar("R", bound="Record")
+MAX_DEPTH = 64  # of JSON values inside one another: what is read here can be written again
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -22,8 +24,25 @@ def read_record(kind: type[R], data: Mapping[str, Any]) -> R:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        problem, _, place = str(error).partition(" - at ")
-        raise DamagedError(f"{problem}{f' at {place}' if place else ''}") from None
+        raise _as_damage(str(error), data) from None
+
+
+def _as_damage(problem: str, data: Any) -> DamagedError:
+    """msgspec's message, ``Expected `int` <= 8 - at `$.bits```, as what was expected and what was found."""
+    what, _, place = problem.partition(" - at ")
+    place = f" at {place}" if place else ""
+    if unknown := re.fullmatch(r"Object contains unknown field (`.*`)", what, re.DOTALL):
+        return DamagedError(f"known keys{place}", unknown[1])
+    if missing := re.fullmatch(r"Object missing required field (`.*`)", what, re.DOTALL):
+        return DamagedError(f"key {missing[1]}{place}", "none")
+    if invalid := re.fullmatch(r"Invalid enum value (.*)", what, re.DOTALL):
+        return DamagedError(f"a known value{place}", invalid[1])
+    expected, _, found = what.removeprefix("Expected ").partition(", got ")
+    if not found:
+        for step in re.findall(r"\.(\w+)|\[(\d+)\]", place):
+            data = data[step[0]] if step[0] else data[int(step[1])]
+        found = repr(data)
+    return DamagedError(f"{expected}{place}", found)
 
 
 def write_record(record: Record) -> dict[str, Any]:
@@ -42,6 +61,19 @@ def read_json(text: str | bytes) -> Any:
         return out
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        text = text if isinstance(text, str) else text.decode()
+        value = json.loads(text, object_pairs_hook=unique)
+        if "\\ud" in text or "\\uD" in text:  # an escaped half of a pair alone is no text that could be written
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DamagedError("JSON", str(error)) from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for parent in level for item in _items(parent) if isinstance(item, (dict, list))]
+        if not level:
+            return value
+    raise DamagedError(f"JSON of at most {MAX_DEPTH} levels", "more")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -118,12 +118,13 @@ def check(rotation: Rotation, parts: Mapping[str, Array]) -> None:
     """
     for name, side in rotation.sides():
         if side.scale is not None and not np.isfinite(parts[f"{name}_scale"].astype(np.float32)).all():
-            raise DamagedError(f"a finite {name}_scale")
+            raise DamagedError(f"a finite {name}_scale", "an infinity or NaN")
         if side.perm is not None:
             perm = parts[f"{name}_perm"]
             if not np.array_equal(np.sort(perm), np.arange(len(perm))):
-                raise DamagedError(f"{name}_perm with every index from 0 to {len(perm) - 1} once")
+                raise DamagedError(f"{name}_perm with every index from 0 to {len(perm) - 1} once", "other indices")
         if side.matrix is not None:
             matrix = parts[f"{name}_matrix"].astype(np.float64)
-            if not np.abs(matrix @ matrix.T - np.eye(len(matrix))).max() < 1e-2:
-                raise DamagedError(f"an orthogonal {name}_matrix")
+            off = np.abs(matrix @ matrix.T - np.eye(len(matrix))).max()
+            if not off < 1e-2:
+                raise DamagedError(f"an orthogonal {name}_matrix", f"one that is off by {off:.1e}")

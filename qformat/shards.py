@@ -20,13 +20,13 @@ import xxhash
 
 from .dtypes import FROM_SAFETENSORS, NUMPY, SAFETENSORS, Array
 from .errors import DamagedError, QformatError, SurroundingsError, UnsupportedError
+from .files import POINTER, pointer
 from .names import natural
 from .records import read_json
 
 MAX_HEADER = 100_000_000  # bytes; other readers refuse more
 ALIGN = 64
 CHECKSUMS = "qformat.checksums"
-LFS = b"version https://git-lfs"
 _BITS = {tag: NUMPY[name].itemsize * 8 for tag, name in FROM_SAFETENSORS.items()}
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # without a NumPy dtype of their own: passed through, not computed with
 
@@ -85,8 +85,11 @@ class Shard:
             stored = read_json(self.metadata[CHECKSUMS])
         except DamagedError as error:
             raise error.located(file=self.path) from None
-        if not isinstance(stored, dict) or set(stored) != set(self.tensors):
-            raise DamagedError("checksums of every tensor and of no other", file=self.path)
+        if not isinstance(stored, dict):
+            raise DamagedError("checksums by tensor name", type(stored).__name__, file=self.path)
+        for name in stored.keys() ^ self.tensors.keys():
+            found = "none" if name in self.tensors else "one of no tensor"
+            raise DamagedError("a checksum of every tensor", found, file=self.path, weight=name)
         return stored
 
     def check(self) -> None:
@@ -104,8 +107,8 @@ def checksum(data: Array) -> str:
 def _read_header(file: BinaryIO, size: int) -> tuple[object, int]:
     """The parsed header and where the data starts; no more is read than the file holds and the limit allows."""
     first = file.read(8)
-    if first == LFS[:8] and first + file.read(len(LFS) - 8) == LFS:
-        raise DamagedError("a safetensors file", "a Git LFS pointer", hint="fetch the real file with `git lfs pull`")
+    if first == POINTER[:8] and first + file.read(len(POINTER) - 8) == POINTER:
+        raise pointer(Path(file.name))
     length = int.from_bytes(first, "little")
     if size < 8 or length > size - 8:
         raise DamagedError(f"a header within the file's {size} bytes", f"{length} bytes")
@@ -118,18 +121,19 @@ def _check_header(header: object, data_start: int, size: int) -> tuple[dict[str,
     """Offsets must be contiguous from the header to the end of the file and agree with dtype and shape."""
     if not isinstance(header, dict):
         raise DamagedError("a JSON object as header", type(header).__name__)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise DamagedError("__metadata__ from strings to strings")
+        raise DamagedError("__metadata__ from strings to strings", repr(metadata))
     tensors = {name: _check_tensor(name, info, data_start) for name, info in header.items()}
-    at = data_start
+    at, previous = data_start, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != at:
-            how = "overlaps what is before it" if tensor.start < at else "leaves a hole before it"
+            how = "overlaps" if tensor.start < at else "leaves a hole after"
             raise DamagedError(
-                f"data at byte {at - data_start}", f"{tensor.start - data_start}, which {how}", weight=name
+                f"data at byte {at - data_start}", f"{tensor.start - data_start}, which {how} {previous}", weight=name
             )
-        at = tensor.stop
+        at, previous = tensor.stop, name
     if at != size:
         raise DamagedError(f"a file of {at} bytes", f"{size}: truncated or with bytes to spare")
     return metadata, tensors
@@ -137,12 +141,14 @@ def _check_header(header: object, data_start: int, size: int) -> tuple[dict[str,
 
 def _check_tensor(name: str, info: object, data_start: int) -> Tensor:
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        raise DamagedError("dtype, shape and data_offsets", weight=name)
+        raise DamagedError("dtype, shape and data_offsets", repr(info), weight=name)
     tag, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if tag not in _BITS:
+    if not isinstance(tag, str) or tag not in _BITS:
         raise UnsupportedError("a known dtype", repr(tag), weight=name)
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 32:
-        raise DamagedError("shape and data_offsets of non-negative integers", weight=name)
+        raise DamagedError("shape and data_offsets of non-negative integers", f"{shape}, {offsets}", weight=name)
+    if math.prod(size or 1 for size in shape) >= 1 << 56:  # with a 0 among them too: NumPy refuses it
+        raise DamagedError("a shape of fewer than 2**56 elements", str(shape), weight=name)
     bits = math.prod(shape) * _BITS[tag]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise DamagedError(f"{bits // 8} bytes for {tag} {shape}", f"{offsets[1] - offsets[0]}", weight=name)

@@ -15,11 +15,9 @@ import numpy as np
 
 from . import codecs, rotation
 from .dtypes import NUMPY, Array, rounded
-from .errors import DamagedError, QformatError, UnsupportedError
+from .errors import DamagedError, QformatError, UnsupportedError, UsageError
 from .layout import Part
 from .manifest import Entry, Term
-
-MAX_NESTING = 2  # levels of parts that are themselves packed
 
 
 def matrix_shape(entry: Entry) -> tuple[int, int]:
@@ -52,16 +50,14 @@ def _terms(entry: Entry) -> list[tuple[str, Term, bool]]:
     return out
 
 
-def _expand(term: Term, shape: tuple[int, int], depth: int = 0) -> Iterator[Part]:
+def _expand(term: Term, shape: tuple[int, int]) -> Iterator[Part]:
     """A codec's layout, with parts that are packed replaced by the parts that they are packed into."""
     codec, params = codecs.read_params(term)
     for part in codec.layout(params, shape):
         if isinstance(part.dtype, str):
             yield part
             continue
-        if depth == MAX_NESTING:
-            raise DamagedError(f"at most {MAX_NESTING} levels of packed parts", part.name)
-        for inner in _expand(dict(part.dtype), _flat(part.shape), depth + 1):
+        for inner in _expand(dict(part.dtype), _flat(part.shape)):
             along_out = inner.out_axis is not None and part.out_axis == 0
             along_in = inner.in_axis is not None and part.in_axis == len(part.shape) - 1
             yield replace(
@@ -102,8 +98,7 @@ def decode_matrix(entry: Entry, parts: Mapping[str, Array], rotated: bool = Fals
             outside.append(value)
         else:
             stored = value if stored is None else rounded(stored + value, entry.sum_dtype)
-    if stored is None:
-        raise DamagedError("a term that is not outside the rotation")
+    assert stored is not None  # the manifest has a term that is not outside
     if rotated:
         return stored
     if entry.rotation is not None:
@@ -176,11 +171,14 @@ class PackedWeight:
     def slice(self, axis: int, start: int, stop: int) -> PackedWeight:
         """The weight that is ``[start:stop]`` of this one along ``axis``, its parts cut and not copied.
 
-        Raises :class:`UnsupportedError` where the packing has no cut there.
+        Raises :class:`UsageError` for a range that the weight has not, :class:`UnsupportedError` where the packing has
+        no cut there.
         """
         entry = self.entry
+        if not 0 <= axis < len(self.shape):
+            raise UsageError(f"an axis below {len(self.shape)}", str(axis), weight=self.name)
         if not 0 <= start < stop <= self.shape[axis]:
-            raise DamagedError(f"a range within 0..{self.shape[axis]}", f"{start}..{stop}", weight=self.name)
+            raise UsageError(f"a range within 0..{self.shape[axis]}", f"{start}..{stop}", weight=self.name)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         if axis < entry.stack:
             lead = (slice(None),) * axis + (slice(start, stop),)

@@ -25,6 +25,8 @@ def plan(source: Checkpoint) -> Plan:
         config=source.config,
         aliases=source.manifest.aliases,
         activations=source.manifest.activations,
+        kv_cache=source.manifest.kv_cache,
+        extra=source.manifest.extra,
         settings=source.manifest.provenance.get("settings"),
     )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from qformat import checkpoint, codecs
 from qformat.checkpoint import Checkpoint
-from qformat.errors import UsageError
+from qformat.dtypes import Array
+from qformat.errors import QformatError, UsageError
 from qformat.manifest import read_term
 
 from .. import report
@@ -41,6 +42,7 @@ def quantize(
     Returns the report that ``qformat quantize --json`` prints.
     """
     opened = checkpoint.open(source)
+    files = [file._asdict() for file in opened.files()]
     dense, found, _ = read(opened)
     if found != "dense":
         raise UsageError(
@@ -57,7 +59,14 @@ def quantize(
     coverage = account(opened, plan)
     write(opened, plan, Path(target), coverage, packed=True, overwrite=overwrite, progress=progress)
     seconds = timed(started)
-    return {**report.summary(checkpoint.open(target), coverage), "term": term, "rotate": rotate, "seconds": seconds}
+    return {
+        **report.summary(checkpoint.open(target), coverage),
+        "term": term,
+        "rotate": rotate,
+        "notes": list(dense.notes),
+        "files": files,
+        "seconds": seconds,
+    }
 
 
 def _plan(source: Checkpoint, dense: Plan, chosen: set[str], term: Mapping[str, Any], rotate: Rotate) -> Plan:
@@ -78,4 +87,10 @@ def _plan(source: Checkpoint, dense: Plan, chosen: set[str], term: Mapping[str, 
 
 
 def _packed(source: Checkpoint, item: Item, entry: Any) -> Item:
-    return replace(item, entry=entry, dense=None, make=lambda: pack(entry, source.array(item.name)).parts)
+    def make() -> Mapping[str, Array]:
+        try:
+            return pack(entry, source.array(item.name)).parts
+        except QformatError as error:
+            raise error.located(file=source.file_of(item.name), weight=item.name) from None
+
+    return replace(item, entry=entry, dense=None, make=make)

@@ -12,6 +12,7 @@ import numpy as np
 
 from qformat import codecs, manifest, rotation
 from qformat.dtypes import NUMPY, Array
+from qformat.errors import DamagedError
 from qformat.kernels import native
 from qformat.manifest import Entry
 from qformat.records import read_record
@@ -80,7 +81,7 @@ def signs(side: str, length: int) -> Array:
 
 
 def pack(entry: Entry, weight: Array) -> PackedWeight:
-    """Encode a float weight of ``entry.shape``."""
+    """Encode a float weight of ``entry.shape``; :class:`DamagedError` where it, or a scale of it, is not finite."""
     lead = entry.shape[: entry.stack]
     matrices = [_pack_matrix(entry, weight[at]) for at in itertools.product(*map(range, lead))]
     parts = {
@@ -92,16 +93,22 @@ def pack(entry: Entry, weight: Array) -> PackedWeight:
 
 def _pack_matrix(entry: Entry, weight: Array) -> dict[str, Array]:
     shape = matrix_shape(entry)
-    matrix = weight.astype(np.float32)
-    matrix = matrix.T if entry.transposed else matrix.reshape(matrix.shape[0], -1)
-    padded = np.zeros(shape, np.float32)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    parts: dict[str, Array] = {}
-    if entry.rotation is not None:
-        parts = _scales(entry.rotation, padded)
-        padded = rotation.apply(entry.rotation, padded, parts).astype(np.float32)
-    codec, params, _ = manifest.read_term(entry.terms[0])
-    return encoder(codec)(params, padded) | parts
+    with np.errstate(over="ignore"):  # what overflows is infinite, and told below
+        matrix = weight.astype(np.float32)
+        if not np.isfinite(matrix).all():
+            raise DamagedError("finite values", f"{int((~np.isfinite(matrix)).sum())} that are not")
+        matrix = matrix.T if entry.transposed else matrix.reshape(matrix.shape[0], -1)
+        padded = np.zeros(shape, np.float32)
+        padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+        turn: dict[str, Array] = {}
+        if entry.rotation is not None:
+            turn = _scales(entry.rotation, padded)
+            rotation.check(entry.rotation, turn)
+            padded = rotation.apply(entry.rotation, padded, turn).astype(np.float32)
+        codec, params, _ = manifest.read_term(entry.terms[0])
+        parts = encoder(codec)(params, padded)
+    codec.check(params, shape, parts)
+    return parts | turn
 
 
 def _scales(turn: Rotation, matrix: Array) -> dict[str, Array]:

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 
 def main() -> None:
+    """Run the command of ``sys.argv`` and leave with its exit code."""
+    import typer
+
+    from qformat.errors import UsageError
+
+    from . import run
     from .commands import app
 
-    app()
+    wrong_usage: Any = typer.BadParameter.__mro__[1]  # its base class, which typer gives no name
+    try:
+        app(standalone_mode=False)
+    except wrong_usage as error:
+        if not sys.argv[1:]:
+            error.show()  # the help text
+            sys.exit(2)
+        run.fail(UsageError(error.format_message(), hint="--help lists what there is"), "--json" in sys.argv)

@@ -27,15 +27,21 @@ Debug = Annotated[bool, typer.Option("--debug", help="a traceback with every err
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace DST if it exists")]
 
 
-@app.callback()
-def version(
-    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="print the version and stop")] = False,
-) -> None:
-    if show_version:
+def _version(wanted: bool) -> None:
+    if wanted:
         import qformat
 
         typer.echo(f"qformat {qformat.__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="print the version and stop")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -72,7 +78,7 @@ def quantize(
                 codec=codec,
                 bits=bits,
                 settings=parse_settings(setting or []),
-                rotate=rotate,  # type: ignore[arg-type]
+                rotate=rotate,
                 include=include or (),
                 exclude=exclude or (),
                 overwrite=overwrite,

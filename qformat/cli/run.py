@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from qformat.errors import InterruptedJob, QformatError, SurroundingsError, one_line
 
@@ -26,26 +26,29 @@ def command(work: Callable[[], Report], show: str, as_json: bool, debug: bool) -
     try:
         report = work()
     except KeyboardInterrupt:
-        _fail(InterruptedJob("an uninterrupted run", "an interrupt", hint="run the same command again"), as_json, debug)
+        fail(InterruptedJob("an uninterrupted run", "an interrupt", hint="run the same command again"), as_json, debug)
     except MemoryError:
-        _fail(SurroundingsError("enough memory"), as_json, debug)
+        fail(SurroundingsError("enough memory", "less"), as_json, debug)
     except QformatError as error:
-        _fail(error, as_json, debug)
+        fail(error, as_json, debug)
     if as_json:
-        json.dump(report, sys.stdout, ensure_ascii=False, allow_nan=False)
+        json.dump(report, sys.stdout, allow_nan=False)
         sys.stdout.write("\n")
     else:
         module = importlib.import_module(".show", __package__)  # imports rich: not needed for JSON
         getattr(module, show)(report)
+    for problem in report.get("problems", ()):
+        print_error(problem["text"], problem["hint"])
     if report.get("ok") is False or report.get("failed"):
         sys.exit(3)
 
 
-def _fail(error: QformatError, as_json: bool, debug: bool) -> None:
+def fail(error: QformatError, as_json: bool, debug: bool = False) -> NoReturn:
+    """Tell of an error and leave with its exit code."""
     if debug:
         traceback.print_exc()
     if as_json:
-        json.dump({"error": error.as_json()}, sys.stdout, ensure_ascii=False)
+        json.dump({"error": error.as_json()}, sys.stdout)
         sys.stdout.write("\n")
     print_error(str(error), error.hint)
     sys.exit(error.exit_code)

@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .run import print_error
-
 Report = dict[str, Any]
 
 
@@ -88,8 +86,6 @@ def inspected(report: Report) -> None:
 
 
 def verified(report: Report) -> None:
-    for problem in report["problems"]:
-        print_error(problem["text"], problem["hint"])
     if report["ok"]:
         _console().print(f"ok: {report['weights']} packed weights, {report['tensors']} tensors, nothing wrong")
 

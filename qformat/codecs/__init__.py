@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..dtypes import Array
-from ..errors import UnsupportedError
+from ..errors import DamagedError, UnsupportedError
 from ..layout import Part
 from ..records import Record, read_record
 
 NAMES = ("int", "table", "trellis")
+MAX_NESTING = 2  # levels of parts that are themselves packed
 
 
 class Codec(Protocol):
@@ -46,9 +47,17 @@ def get(name: str) -> Codec:
     return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
 
 
-def read_params(term: Mapping[str, Any]) -> tuple[Codec, Record]:
-    """A term as JSON, ``{"codec": ..., param: ...}`` without its ``outside`` key -> the codec and its validated
-    params.
+def read_params(term: Mapping[str, Any], depth: int = 0) -> tuple[Codec, Record]:
+    """A term as JSON, ``{"codec": ..., param: ...}`` without its ``outside`` key -> the codec and its params, validated
+    down to the terms of parts that are themselves packed.
     """
-    codec = get(str(term.get("codec")))
-    return codec, read_record(codec.Params, {key: value for key, value in term.items() if key != "codec"})
+    if depth > MAX_NESTING:
+        raise DamagedError(f"at most {MAX_NESTING} levels of packed parts", "more")
+    if not isinstance(term.get("codec"), str):
+        raise DamagedError("the name of a codec", repr(term.get("codec")))
+    codec = get(term["codec"])
+    params = read_record(codec.Params, {key: value for key, value in term.items() if key != "codec"})
+    for value in map(params.__getattribute__, params.__struct_fields__):
+        if isinstance(value, Mapping):
+            read_params(value, depth + 1)
+    return codec, params

@@ -54,7 +54,7 @@ def validate(params: Params) -> None:
         params.code, ()
     ):
         if name not in given:
-            raise DamagedError(f"{name} beside code {params.code}")
+            raise DamagedError(f"{name} beside code {params.code}", "none")
     width = {"hyb": (2,), "table": (1, 2)}.get(params.code, (1,))
     if params.V not in width:
         raise DamagedError(f"V = {width[0]} for code {params.code}", str(params.V))

@@ -36,8 +36,9 @@ class Params(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         blocks.validate(self.block, self.view)
-        if (self.zeros is not None) + (self.offsets is not None) + (self.zero != 0) > 1:
-            raise DamagedError("at most one of zero, zeros, offsets")
+        given = [name for name in ("zero", "zeros", "offsets") if getattr(self, name) not in (None, 0)]
+        if len(given) > 1:
+            raise DamagedError("at most one of zero, zeros, offsets", " and ".join(given))
         if self.groups and (self.view is not None or self.block[1] == -1):
             raise DamagedError("groups beside blocks of columns of the matrix itself", str(list(self.block)))
 
