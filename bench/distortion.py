@@ -29,7 +29,7 @@ CASES = {  # name: codec, bits, settings, bound
     "table-lloyd-3": ("table", 3, {"bits": 3, "p": 1, "table": "gauss-p1-n8"}, None),
     "table-lloyd-4": ("table", 4, {"bits": 4, "p": 1, "table": "gauss-p1-n16"}, None),
     "table-p2-4": ("table", 4, {"bits": 8, "p": 2, "table": "higgs-p2-n256", "block": [-1, -1]}, 0.0078),
-    "table-p4-2": ("table", 2, {"bits": 8, "p": 4, "table": "gauss-p4-n256", "block": [-1, -1]}, None),
+    "table-p4-2": ("table", 2, {}, None),
     "hash-2": ("trellis", 2, {}, 0.0735),
     "hash-3": ("trellis", 3, {}, 0.0187),
     "hash-4": ("trellis", 4, {}, 0.0053),

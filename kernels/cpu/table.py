@@ -66,7 +66,7 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     codes, best = np.empty((n // params.p, number), np.uint16), np.empty(number, np.int32)
     kept = np.empty(number, np.float32)
     for here in native.stretches(number):
-        scale = _candidates(params, grouped[:, here], entries)
+        scale = codec.candidates(params, grouped[:, here], entries)
         native.call(
             *("qf_table_search", grouped[:1, here], n, here.stop - here.start, number, len(scale), scale),
             *(params.p, len(entries), entries, borders, order, number == 1, 0, codes[:1, here], best[here]),
@@ -85,13 +85,3 @@ def _borders(entries: Array) -> tuple[Array, Array | None]:
     order = np.argsort(entries[:, 0], kind="stable")
     levels = entries[order, 0]
     return (levels[1:] + levels[:-1]) / 2, order.astype(np.int32)
-
-
-def _candidates(params: Params, grouped: Array, entries: Array) -> Array:
-    """The scales that `encode` tries: float32 [candidates, blocks]."""
-    spread = np.sqrt((grouped**2).sum(axis=0, dtype=np.float32) / np.float32(len(grouped)))
-    low = np.float32(0.7) * spread / np.float32(np.sqrt((entries**2).mean()))
-    high = np.maximum(np.abs(grouped).max(axis=0) / np.abs(entries).max(), np.float32(1.5) * low)
-    steps = np.arange(codec.STEPS) / (codec.STEPS - 1)
-    scale = low + (high - low) * steps.astype(np.float32)[:, None]
-    return scale.astype(NUMPY[str(params.scales)]).astype(np.float32)

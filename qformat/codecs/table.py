@@ -101,8 +101,9 @@ def decode(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
 
 def encode(params: Params, weight: Array) -> dict[str, Array]:
     """float32 [out, in] -> parts. Each block tries ``STEPS`` scales, evenly spaced from 0.7 times the one that
-    matches the table's root mean square to the one that reaches the largest magnitude, and keeps the one with the
-    smallest squared error; the code is the nearest entry. A stored table is Lloyd's for the whole weight.
+    matches the table's root mean square to the one that reaches the largest magnitude (at least 1.5, at most 3 times
+    the first), and keeps the one with the smallest squared error; the code is the nearest entry. A stored table is
+    Lloyd's for the whole weight.
     """
     if params.rounding != "none" or params.view is not None:
         raise UnsupportedError("table params that can be encoded: no view, rounding none")
@@ -135,14 +136,10 @@ def _search(params: Params, grouped: Array, table: Array) -> tuple[Array, Array]
     assert isinstance(params.scales, str)
     count, number = grouped.shape
     vectors = grouped.reshape(count // params.p, params.p, number)
-    spread = np.sqrt((grouped**2).sum(axis=0, dtype=np.float32) / np.float32(count))
-    low = np.float32(0.7) * spread / np.float32(np.sqrt((table**2).mean()))
-    high = np.maximum(np.abs(grouped).max(axis=0) / np.abs(table).max(), np.float32(1.5) * low)
     best_error = np.full(number, np.inf, np.float32)
     best_scale = np.zeros(number, np.float32)
     best_codes = np.zeros((count // params.p, number), np.uint16)
-    for step in range(STEPS):
-        scale = (low + (high - low) * np.float32(step / (STEPS - 1))).astype(NUMPY[params.scales]).astype(np.float32)
+    for scale in candidates(params, grouped, table):
         with np.errstate(divide="ignore", invalid="ignore"):
             ideal = np.where(scale == 0, np.float32(0), vectors / scale)
         codes = nearest(ideal.transpose(0, 2, 1).reshape(-1, params.p), table).reshape(-1, number)
@@ -151,6 +148,17 @@ def _search(params: Params, grouped: Array, table: Array) -> tuple[Array, Array]
         best_error, best_scale = np.where(better, error, best_error), np.where(better, scale, best_scale)
         best_codes[:, better] = codes[:, better]
     return best_scale, best_codes
+
+
+def candidates(params: Params, grouped: Array, table: Array) -> Array:
+    """The scales that `encode` tries for each block, as they would be stored: float32 [STEPS, blocks]."""
+    spread = np.sqrt((grouped**2).sum(axis=0, dtype=np.float32) / np.float32(len(grouped)))
+    low = np.float32(0.7) * spread / np.float32(np.sqrt((table**2).mean()))
+    reach = np.abs(grouped).max(axis=0) / np.abs(table).max()
+    high = np.clip(reach, np.float32(1.5) * low, np.float32(3) * low)
+    steps = (np.arange(STEPS) / (STEPS - 1)).astype(np.float32)[:, None]
+    scales: Array = (low + (high - low) * steps).astype(NUMPY[str(params.scales)]).astype(np.float32)
+    return scales
 
 
 def nearest(vectors: Array, table: Array) -> Array:
