@@ -12,8 +12,10 @@ from qformat.checkpoint import Checkpoint
 from qformat.errors import QformatError, UnsupportedError, UsageError
 
 from ..plan import Plan
+from . import _common as common
+from . import _ties as ties
 
-NAMES = ("qformat", "dense")  # tried in this order; dense is what is left
+NAMES = ("qformat", "gptq", "exl3", "dense")  # tried in this order; dense is what is left
 
 
 class Importer(Protocol):
@@ -36,14 +38,16 @@ def find(source: Checkpoint) -> tuple[Importer, str]:
     for name in NAMES:
         if reason := get(name).detect(source):
             return get(name), reason
-    method = source.settings.get("quant_method") if isinstance(source.settings, dict) else source.settings
-    raise UnsupportedError(f"one of the schemes {', '.join(NAMES)}", repr(method), file=source.path)
+    method = common.method(source)
+    found = repr(method) if method else "settings that name no quant_method"
+    raise UnsupportedError(f"one of the schemes {', '.join(NAMES)}", found, file=source.path)
 
 
 def read(source: Checkpoint, scheme: str | None = None) -> tuple[Plan, str, str]:
     """The plan of a source, the name of its importer (``scheme``, or the one that is found), and why that one."""
     importer, reason = (get(scheme), "--from") if scheme else find(source)
     try:
+        ties.check(source)
         return importer.plan(source), importer.NAME, reason
     except QformatError as error:
         raise error.located(file=source.path) from None

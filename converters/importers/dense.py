@@ -6,6 +6,7 @@ from qformat.checkpoint import Checkpoint
 from qformat.errors import DamagedError
 
 from ..plan import Plan, passed
+from . import _common as common
 
 NAME = "dense"
 PACKED_NAMES = (
@@ -23,6 +24,8 @@ def detect(source: Checkpoint) -> str:
     if source.settings is not None:
         return ""
     packed = [name for name in source.tensors if name.rpartition(".")[2] in PACKED_NAMES]
+    if packed and next(common.settings(source), None) is not None:
+        return ""
     if packed:
         raise DamagedError(
             "float tensors, as no quantization settings were found", packed[0], file=source.file_of(packed[0])

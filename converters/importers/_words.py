@@ -1,0 +1,116 @@
+"""Integers packed in 32-bit words, as the GPTQ family does: streams, bit planes, Marlin tiles, and zeros minus one.
+
+A stream is qformat's own order of bits (:mod:`qformat.bits`), since the words are little-endian: code i takes the bits
+[i * bits, (i + 1) * bits). Sizes along a packed axis are those of whole words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from qformat import bits as fields
+from qformat.dtypes import Array
+
+BLOCK = 32  # codes of b bits fill exactly b words, whatever b is
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # widths, low plane first; 2, 4 and 8 bits are a stream
+
+
+def sizes(count: int, bits: int) -> set[int]:
+    """Words that ``count`` codes may take: as many as the bits need, or those of whole blocks."""
+    return {-(-count * bits // 32), -(-count // BLOCK) * bits}
+
+
+def unpack(words: Array, bits: int, count: int, planar: bool) -> Array:
+    """int32 [rows, words] -> codes, uint8 [rows, count]."""
+    words = np.ascontiguousarray(words)
+    if not planar or bits not in PLANES:
+        return fields.unpack(words.view(np.uint8), bits, count)
+    blocked = words.reshape(len(words), -1, bits)
+    codes = np.zeros((*blocked.shape[:2], BLOCK), np.uint8)
+    word = shift = 0
+    for width in PLANES[bits]:
+        plane = np.ascontiguousarray(blocked[..., word : word + width]).view(np.uint8)
+        codes |= fields.unpack(plane, width, BLOCK) << shift
+        word, shift = word + width, shift + width
+    return codes.reshape(len(words), -1)[:, :count]
+
+
+def repack(words: Array, bits: int, count: int, planar: bool) -> Array:
+    """int32 [words, columns], packed down the columns -> uint8 [columns, row bytes], qformat's codes of each column."""
+    across = transposed(words)
+    if planar and bits in PLANES:
+        return fields.pack(unpack(across, bits, count, planar), bits)
+    codes: Array = across.view(np.uint8)[:, : fields.row_bytes(count, bits)]
+    if spare := count * bits % 8:  # what lies beyond the last code is not defined
+        codes = codes.copy()
+        codes[:, -1] &= (1 << spare) - 1
+    return codes
+
+
+def transposed(matrix: Array, tile: int = 16) -> Array:
+    """A contiguous copy of ``matrix.T``, a cache line of words at a time: a plain copy misses the cache on each."""
+    rows, cols = matrix.shape
+    out = np.empty((cols, rows), matrix.dtype)
+    for top in range(0, rows, tile):
+        out[:, top : top + tile] = matrix[top : top + tile].T
+    return out
+
+
+class Full(NamedTuple):
+    """Whether zeros that were stored minus one have fields of 2**bits - 1, and what these say about their writer."""
+
+    any: bool
+    borrowed: bool  # some such field has a smaller one above it in its word: a subtraction borrowed from the next field
+
+
+def full_fields(words: Array, bits: int) -> Full:
+    """``words`` of zeros of 2, 4 or 8 bits."""
+    unsigned, lowest = words.view(np.uint32), _ones(bits)
+    found = np.full_like(unsigned, lowest)
+    for shift in range(bits):
+        found &= unsigned >> np.uint32(shift)
+    bottom = found & (~found + np.uint32(1))
+    to_the_top = lowest & (~bottom + np.uint32(1))  # every field from the lowest full one upward
+    return Full(bool(found.any()), bool(((found != 0) & (found != to_the_top)).any()))
+
+
+def add_one(words: Array, bits: int) -> Array:
+    """1 added to every field of each word at once, carries and all: undoes a subtraction from whole words."""
+    return (words.view(np.uint32) + _ones(bits)).view(np.int32)
+
+
+def _ones(bits: int) -> np.uint32:
+    return np.uint32(sum(1 << at for at in range(0, 32, bits)))
+
+
+def marlin_codes(words: Array) -> Array:
+    """Marlin's ``B``, int32 [in / 16, 2 * out] -> codes, uint8 [out, in]."""
+    stored = fields.unpack(words.view(np.uint8), 4, 8 * words.shape[1]).reshape(-1, 1024)
+    plain = np.empty_like(stored)
+    plain[:, _marlin_order()] = stored
+    tiles = plain.reshape(len(words), words.shape[1] // 32, 16, 16)  # tile of rows, tile of columns, row, column
+    return np.ascontiguousarray(tiles.transpose(1, 3, 0, 2)).reshape(words.shape[1] // 2, 16 * len(words))
+
+
+def marlin_scales(stored: Array) -> Array:
+    """Marlin's ``s`` [groups, out] in the order of columns."""
+    if len(stored) > 1:
+        order = [i + 8 * j for i in range(8) for j in range(8)]
+    else:
+        order = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+    runs = stored.reshape(-1, len(order))
+    plain = np.empty_like(runs)
+    plain[:, order] = runs
+    return plain.reshape(stored.shape)
+
+
+def _marlin_order() -> Array:
+    """Where each of 1024 stored codes lies in four 16 x 16 tiles: the registers of a tensor core, read lane by lane."""
+    lanes = []
+    for lane in range(32):
+        rows = [2 * (lane % 4), 2 * (lane % 4) + 1, 2 * (lane % 4 + 4), 2 * (lane % 4 + 4) + 1]
+        held = [16 * row + lane // 4 + 8 * half for half in (0, 1) for row in rows]
+        lanes += [place + 256 * tile for tile in range(4) for place in held]
+    return np.array(lanes).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].ravel()
