@@ -7,7 +7,10 @@ resolved on first use.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pathlib
+
+from . import hooks
 
 __version__ = "0.1.0"
 
@@ -36,3 +39,11 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
+
+
+def _register() -> None:
+    if importlib.util.find_spec("torch"):  # without it transformers loads no models
+        importlib.import_module(_LAZY["load"])
+
+
+hooks.after("transformers.quantizers.auto", _register)

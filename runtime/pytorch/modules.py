@@ -1,0 +1,164 @@
+"""Modules whose weights stay packed. :func:`pack` turns a module into one where it stands; its class says the rest."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qformat import weight
+from qformat.dtypes import Array, name_of
+from qformat.errors import DamagedError
+from qformat.manifest import Entry
+from qformat.weight import PackedWeight
+
+from . import ops
+from .prepared import spec
+from .tensor import Joined, PackedTensor
+
+
+class Info(NamedTuple):
+    """Of one packed parameter: the operators' text, the names of its parts, the dtype that it shows."""
+
+    spec: str
+    parts: tuple[str, ...]
+    dtype: torch.dtype
+
+
+class Packed(nn.Module):
+    """A module with packed parameters. The parts are parameters ``<name>_<part>`` without gradient, whose dtypes stay
+    what they are whatever the module is cast to; ``<name>`` itself is a read-only :class:`PackedTensor`.
+    """
+
+    packed: dict[str, Info]
+
+    def parts(self, name: str = "weight") -> list[Tensor]:
+        return [self._parameters[part] for part in self.packed[name].parts]  # type: ignore[misc]
+
+    def part_names(self) -> list[str]:
+        return [part for info in self.packed.values() for part in info.parts]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        kept = {id(self._parameters[part]) for part in self.part_names()}
+
+        def moved(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return tensor.to(out.device) if id(tensor) in kept and out.dtype != tensor.dtype else out
+
+        super()._apply(moved, recurse)
+        for name, info in self.packed.items():
+            self.packed[name] = info._replace(dtype=fn(torch.empty(0, dtype=info.dtype)).dtype)
+        return self
+
+
+def _shown(name: str) -> property:
+    def get(self: Packed) -> PackedTensor:
+        return PackedTensor(self.parts(name), self.packed[name].spec, self.packed[name].dtype)
+
+    return property(get, doc="The weight; decoded when it is computed with by other means than a product.")
+
+
+class QLinear(Packed, nn.Linear):
+    weight = _shown("weight")  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = ops.linear_op(input, self.parts(), self.packed["weight"].spec)
+        return y if self.bias is None else y + self.bias
+
+
+class QEmbedding(Packed, nn.Embedding):
+    weight = _shown("weight")  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        info = self.packed["weight"]
+        return ops.embedding_op(input, self.parts(), info.spec).to(info.dtype)
+
+
+def pack(module: nn.Module, name: str, entry: Entry) -> None:
+    """Replace a module's parameter by the parts that ``entry`` says, empty, on its device; the module's class changes.
+
+    Raises :class:`DamagedError` where the parameter has another shape.
+    """
+    dense = module._parameters[name]
+    assert dense is not None
+    if tuple(dense.shape) != entry.shape:
+        raise DamagedError(f"the model's shape {list(dense.shape)}", str(list(entry.shape)))
+    del module._parameters[name]
+    module.__class__ = _class(type(module), name, simple=len(entry.shape) == 2 and not entry.transposed)
+    parts = weight.layout(entry)
+    for part in parts:
+        empty = torch.empty(part.shape, dtype=getattr(torch, str(part.dtype)), device=dense.device)
+        module.register_parameter(f"{name}_{part.name}", nn.Parameter(empty, requires_grad=False))
+    info = Info(spec(entry), tuple(f"{name}_{part.name}" for part in parts), dense.dtype)
+    module.packed = {**getattr(module, "packed", {}), name: info}  # type: ignore[assignment]
+
+
+@functools.cache
+def _class(kind: type[nn.Module], name: str, simple: bool) -> type[nn.Module]:
+    """``kind`` with the parameter ``name`` packed: it keeps its own forward, which finds a :class:`PackedTensor`."""
+    for plain, packed in ((nn.Linear, QLinear), (nn.Embedding, QEmbedding)):
+        if kind is plain and name == "weight" and simple:
+            return packed
+    bases = (kind,) if issubclass(kind, Packed) else (Packed, kind)
+    return type(kind.__name__, bases, {name: _shown(name), "__module__": kind.__module__})
+
+
+def unpack(module: nn.Module) -> None:
+    """Undo :func:`pack`: the decoded weights as ordinary parameters, in the dtypes that they showed."""
+    if not isinstance(module, Packed):
+        return
+    for name in list(module.packed):
+        dense = getattr(module, name).decode()
+        for part in module.packed.pop(name).parts:
+            del module._parameters[part]
+        module.__class__ = next(kind for kind in type(module).__mro__ if name not in vars(kind) and kind is not Packed)
+        module.register_parameter(name, nn.Parameter(dense, requires_grad=dense.is_floating_point()))
+
+
+def unfuse(module: nn.Module, name: str, leaves: Sequence[str]) -> None:
+    """Replace a parameter ``[experts, out, in]`` by linear layers: children ``<expert>.<leaf>``, which share its rows
+    equally. The module's own code still finds ``name``: a :class:`Joined`.
+    """
+    fused = module._parameters.pop(name)
+    assert fused is not None
+    experts, rows, cols = fused.shape
+    for number in range(experts):
+        if str(number) not in module._modules:
+            module.add_module(str(number), nn.Module())
+        for leaf in leaves:
+            layer = nn.Linear(cols, rows // len(leaves), bias=False, device=fused.device, dtype=fused.dtype)
+            module.get_submodule(str(number)).add_module(leaf, layer)
+    module.__class__ = _unfused_class(type(module), name, tuple(leaves))
+
+
+@functools.cache
+def _unfused_class(kind: type[nn.Module], name: str, leaves: tuple[str, ...]) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {name: property(lambda self: Joined(self, leaves)), "__module__": kind.__module__})
+
+
+def linear(packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A linear layer on the parts of a packed matrix, which are not copied; ``dtype`` is what its weight shows."""
+    rows, cols = packed.shape
+    layer = nn.Linear(cols, rows, bias=False, device="meta", dtype=dtype)
+    pack(layer, "weight", packed.entry)
+    for name, part in tensors(packed.parts).items():
+        setattr(layer, f"weight_{name}", nn.Parameter(part, requires_grad=False))
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    return layer
+
+
+def tensors(parts: Mapping[str, Array]) -> dict[str, Tensor]:
+    """Parts as tensors that share their memory: read-only where the file is mapped so."""
+    return {name: _tensor(part) for name, part in parts.items()}
+
+
+def _tensor(part: Array) -> Tensor:
+    dtype: Any = getattr(torch, name_of(part.dtype))
+    bits = part if part.dtype.isbuiltin == 1 else part.view(f"i{part.dtype.itemsize}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(bits).view(dtype)
