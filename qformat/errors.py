@@ -22,8 +22,9 @@ class QformatError(Exception):
         self.file, self.weight, self.hint = str(file), weight, hint
 
     def __str__(self) -> str:
-        what = f"expected {self.expected}, found {self.found}" if self.found else self.expected
-        return one_line(": ".join(part for part in (self.file, self.weight, what) if part))
+        file, weight, expected, found = map(one_line, (self.file, self.weight, self.expected, self.found))
+        what = f"expected {expected}, found {found}" if found else expected
+        return ": ".join(part for part in (file, weight, what) if part)
 
     def located(self, *, file: object = "", weight: str = "") -> QformatError:
         """The same error with the place filled in where it was still unknown; for ``raise error.located(...)``."""

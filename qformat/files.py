@@ -93,7 +93,7 @@ def weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file name as the index has it."""
     path = folder / INDEX
     found = read_object(path).get("weight_map")
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not found:
         raise DamagedError("weight_map from tensor names to file names", repr(found), file=path)
     for tensor, file in found.items():
         if not isinstance(file, str):

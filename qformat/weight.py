@@ -87,6 +87,7 @@ def _decode_term(term: Term, shape: tuple[int, int], parts: Mapping[str, Array],
     return codec.decode(params, shape, arrays)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, which `check` names
 def decode_matrix(entry: Entry, parts: Mapping[str, Array], rotated: bool = False) -> Array:
     """One matrix (no stack) -> float32 [out, in] as codecs see it, padding included."""
     shape = matrix_shape(entry)
@@ -199,7 +200,7 @@ class PackedWeight:
         try:
             check_parts(result.entry, cut, self.name, self.file)
         except DamagedError:
-            raise UnsupportedError("a packing that can be cut along this axis", weight=self.name) from None
+            raise UnsupportedError("a packing that can be cut there", f"{start}..{stop}", weight=self.name) from None
         return result
 
     def _check_rotation_cut(self, name: str, start: int, end: int, padded: int) -> None:
