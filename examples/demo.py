@@ -117,7 +117,7 @@ def run(folder: Path, onnx: Path) -> None:
         logits = model(input_ids=ids).logits.numpy()
     console.print(f"\n{folder.name} writes: {tokenizer.decode(out[0], skip_special_tokens=True)!r}")
     report = qformat.export(folder, onnx, overwrite=True)
-    session = onnxruntime.InferenceSession(report["path"])
+    session = onnxruntime.InferenceSession(onnx / "model.onnx")
     count, heads, size = _cache(model.config)
     feeds = {
         "input_ids": ids.numpy(),
@@ -131,9 +131,8 @@ def run(folder: Path, onnx: Path) -> None:
     }
     found = session.run(["logits"], feeds)[0]
     difference = float(np.abs(found - logits).max())
-    console.print(
-        f"ONNX Runtime, {report['onnx_bytes'] / 1e3:.0f} kB of graph beside the same shards: logits within {difference:.1e}"
-    )
+    size = report["onnx_bytes"] / 1e3
+    console.print(f"ONNX Runtime, {size:.0f} kB of graph beside the same shards: logits within {difference:.1e}")
     if difference > 1e-3:
         sys.exit("the exported model does not compute what the packed one does")
 

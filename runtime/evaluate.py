@@ -70,6 +70,7 @@ def _model(opened: Checkpoint) -> Any:
 
     from . import huggingface
 
+    transformers.utils.logging.disable_progress_bar()  # this job has its own
     if opened.manifest is not None:
         return huggingface.load(opened.path, dtype=torch.float32)
     if opened.settings is not None:
