@@ -3,8 +3,8 @@
     python bench/train_hash.py --bits 2 --L 14 --index 3 2 --shift 7 --taps 0 3 5 12 --reach 63
 
 The start is the quantiles of the Gaussian, ascending in the entry's number; ``--turn`` numbers the entries by
-``u | (v ^ u) << bits of u`` instead. A sample divided by ``unit`` is what the trellis is searched with: tables are small
-integers. Prints one JSON object: the table as stored, its unit, and the mean squared error on fresh samples.
+``u | (v ^ u) << bits of u`` instead. A sample divided by ``unit`` is what the trellis is searched with: tables are
+small integers. Prints one JSON object: the table as stored, its unit, and the mean squared error on fresh samples.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The native library: found beside this file, loaded with ctypes, absent without harm.
 
-``available()`` says whether it is there and ``why()`` why not. :func:`matrix` makes a packed matrix that the library can
-decode and multiply with; it returns None where it cannot, and the caller then uses the codec's own ``decode``.
+``available()`` says whether it is there and ``why()`` why not. :func:`matrix` makes a packed matrix that the library
+can decode and multiply with; it returns None where it cannot, and the caller then uses the codec's own ``decode``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def variant() -> str:
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Another instruction set for a while, for the whole process. :class:`UnsupportedError` where the machine lacks it."""
+    """Another instruction set for a while, in the whole process; :class:`UnsupportedError` where it is lacking."""
     before = variant()
     call("qf_use", name.encode())
     try:
@@ -188,7 +188,7 @@ class Matrix:
 
 
 def matrix(codec: str, params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> Matrix | None:
-    """The matrix that ``parts`` (as given to the codec's ``decode``) hold, for the library; None where it has no kernel.
+    """The matrix that ``parts`` (as for the codec's ``decode``) hold, for the library; None where it has no kernel.
 
     Raises :class:`DamagedError` where the parts are not those of the layout: the library trusts their sizes.
     """

@@ -56,7 +56,7 @@ int variant() {
   return i;
 }
 
-int variant_lanes() { return table[variant()].lanes; }
+int variant_lanes(int row) { return table[row].lanes; }
 
 }  // namespace qf
 

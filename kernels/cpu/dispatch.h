@@ -36,8 +36,8 @@
 
 namespace qf {
 
-int variant();       // row of the table in dispatch.cpp that is in use
-int variant_lanes(); // its W
+int variant();               // row of the table in dispatch.cpp that is in use
+int variant_lanes(int row);  // its W
 
 template <int W> struct Lanes {
   typedef float f __attribute__((vector_size(4 * W)));
@@ -48,15 +48,15 @@ template <class T> QF_INLINE T load(const void* p) {
   typedef T any __attribute__((aligned(1), may_alias));
   return *(const any*)p;
 }
-template <class T> QF_INLINE void store(void* p, T v) {
+template <class T> QF_INLINE void store(void* p, const T& v) {
   typedef T any __attribute__((aligned(1), may_alias));
   *(any*)p = v;
 }
 
 // v[from[0]], v[from[1]], ...
-template <int W> QF_INLINE typename Lanes<W>::f permute(typename Lanes<W>::f v, typename Lanes<W>::i from) {
+template <int W, class F, class I> QF_INLINE F permute(const F& v, const I& from) {
 #if defined(__clang__)
-  typename Lanes<W>::f out;
+  F out;
   for (int l = 0; l < W; l++) out[l] = v[from[l]];
   return out;
 #else

@@ -8,7 +8,7 @@ namespace qf {
 namespace {
 
 // The nearest whole number, ties to even, of numbers below 2^22; larger ones stay beyond every code.
-template <class F> QF_INLINE F whole(F x) {
+template <class F> QF_INLINE F whole(const F& x) {
   const F far = 0x1.8p23f - F{};
   return (x + far) - far;
 }
@@ -41,8 +41,9 @@ int32_t qf_int_search(const float* x, int64_t n, int64_t blocks, int64_t stride,
                       const float* zero, const float* offset, float zero_value, float top, int32_t whole,
                       int32_t threads, uint16_t* codes, int32_t* best) {
   try {
-    const qf::Search s{&top, qf::attempt_for, x, n, blocks, stride, 1, candidates, scale, zero, offset, zero_value,
-                       whole != 0, codes, best, threads};
+    const int row = qf::variant();
+    const qf::Search s{&top, qf::attempt_for[row], qf::variant_lanes(row), x, n, blocks, stride, 1, candidates,
+                       scale, zero, offset, zero_value, whole != 0, codes, best, threads};
     return qf::search(s) ? QF_OK : QF_NO_MEMORY;
   } catch (const std::bad_alloc&) {
     return QF_NO_MEMORY;

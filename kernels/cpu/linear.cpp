@@ -44,7 +44,7 @@ struct Dots {
   bool add;
 };
 
-template <int W> QF_INLINE float total(typename Lanes<W>::f v) {
+template <int W> QF_INLINE float total(const typename Lanes<W>::f& v) {
   typedef Lanes<4>::f four;
   const float* p = (const float*)&v;
   four sum = load<four>(p);
@@ -127,7 +127,8 @@ int32_t qf_embedding(const qf_matrix* matrix, const int64_t* rows, int64_t n, fl
 int32_t qf_linear(const qf_matrix* matrix, const float* x, int64_t m, float* y, int32_t threads) {
   const int64_t rows = matrix->rows, cols = matrix->cols;
   const int64_t strip = std::max<int64_t>(matrix->row_unit, m > 8 ? 64 : 16);
-  const int64_t depth = std::max<int64_t>(matrix->col_unit, std::min<int64_t>(512, std::max<int64_t>(64, scratch / strip)));
+  const int64_t fits = std::min<int64_t>(512, std::max<int64_t>(64, scratch / strip));
+  const int64_t depth = std::max(matrix->col_unit, fits);
   const bool ok = parallel(threads_for(m * rows * cols, threads), (rows + strip - 1) / strip, [&](int64_t i) {
     std::unique_ptr<float[]> w(new float[strip * depth]);
     const int64_t r = i * strip, n = std::min(strip, rows - r);

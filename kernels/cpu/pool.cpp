@@ -71,7 +71,7 @@ class Pool {
 // Both live for ever: sleeping threads must not keep a process from exiting. A child of fork() has the memory of the
 // pool but not its threads, so it starts afresh.
 Pool* pool = nullptr;
-std::mutex* turn = new std::mutex;  // one parallel section at a time
+std::mutex* turn = new std::mutex;  // one user at a time; others meanwhile do with their own thread
 const int forks = pthread_atfork(nullptr, nullptr, [] { pool = nullptr, turn = new std::mutex; });
 
 }  // namespace
@@ -80,14 +80,14 @@ bool parallel(int threads, int64_t n, const std::function<void(int64_t)>& body) 
   const int cores = std::max(1u, std::thread::hardware_concurrency());
   const int64_t wanted = std::min<int64_t>(threads > 0 ? std::min(threads, 4 * cores) : cores, n);
   Job job{body, n};
-  if (wanted <= 1 || inside) {
+  std::unique_lock<std::mutex> lock(*turn, std::defer_lock);
+  if (wanted > 1 && !inside && lock.try_lock()) {
+    if (!pool) pool = new Pool;
+    pool->run(int(wanted) - 1, job);
+  } else {
     const bool nested = inside;
     job.drain();
     inside = nested;
-  } else {
-    std::lock_guard<std::mutex> lock(*turn);
-    if (!pool) pool = new Pool;
-    pool->run(int(wanted) - 1, job);
   }
   return !job.failed;
 }

@@ -74,7 +74,7 @@ QF_EXPORT int32_t qf_decode(const qf_matrix* matrix, int64_t r0, int64_t r1, flo
 // The given rows as float32 [n, cols].
 QF_EXPORT int32_t qf_embedding(const qf_matrix* matrix, const int64_t* rows, int64_t n, float* out, int32_t threads);
 
-// y [m, rows] = x [m, cols] times the transposed matrix, in float32 throughout. A row of y depends on its row of x alone.
+// y [m, rows] = x [m, cols] times the transposed matrix, all float32. A row of y depends on its row of x alone.
 QF_EXPORT int32_t qf_linear(const qf_matrix* matrix, const float* x, int64_t m, float* y, int32_t threads);
 
 // The tail-biting path of least squared error through a bitshift trellis, tile by tile (spec/codecs/trellis.md).

@@ -26,7 +26,7 @@ struct Settings {
 
 // Lanes are blocks.
 void several(const Search& s, int64_t b) {
-  const int W = variant_lanes();
+  const int W = s.lanes;
   const int64_t count = std::min<int64_t>(W, s.blocks - b);
   std::vector<float> x(s.n * W);
   for (int64_t i = 0; i < s.n; i++)
@@ -35,14 +35,14 @@ void several(const Search& s, int64_t b) {
   int64_t best[most_lanes] = {};
   for (int64_t c = 0; c < s.candidates; c++) {
     const Settings set(s, c, b, count);
-    s.kernel[variant()]({s.codec, x.data(), s.n, set.scale, set.zero, set.offset, sums, nullptr, nullptr});
+    s.kernel({s.codec, x.data(), s.n, set.scale, set.zero, set.offset, sums, nullptr, nullptr});
     for (int l = 0; l < W; l++)
       if (c == 0 || sums[l] < least[l]) least[l] = sums[l], best[l] = c;
   }
   Settings set(s, 0, b, count);
   for (int l = 0; l < W; l++) set.set(l, s, best[l], b + std::min<int64_t>(l, count - 1));
   std::vector<uint16_t> codes(s.n / s.p * W);
-  s.kernel[variant()]({s.codec, x.data(), s.n, set.scale, set.zero, set.offset, nullptr, nullptr, codes.data()});
+  s.kernel({s.codec, x.data(), s.n, set.scale, set.zero, set.offset, nullptr, nullptr, codes.data()});
   for (int64_t l = 0; l < count; l++) {
     s.best[b + l] = int32_t(best[l]);
     for (int64_t j = 0; j < s.n / s.p; j++) s.codes[j * s.stride + b + l] = codes[j * W + l];
@@ -72,7 +72,7 @@ float pairwise(const float* a, int64_t n) {
 
 // Lanes are vectors of the only block.
 bool one(const Search& s) {
-  const int W = variant_lanes();
+  const int W = s.lanes;
   const int64_t chunk = 256 * W, vectors = s.n / s.p, chunks = (vectors + chunk - 1) / chunk;
   std::vector<float> squares(s.n);
   const auto pass = [&](int64_t c, float* error, uint16_t* found) {
@@ -83,7 +83,7 @@ bool one(const Search& s) {
       std::vector<uint16_t> codes(found ? rows * W : 0);
       for (int64_t v = 0; v < here; v++)
         for (int64_t k = 0; k < s.p; k++) x[(v / W * s.p + k) * W + v % W] = s.x[((first + v) * s.p + k) * s.stride];
-      s.kernel[variant()]({s.codec, x.data(), rows * s.p, set.scale, set.zero, set.offset, nullptr,
+      s.kernel({s.codec, x.data(), rows * s.p, set.scale, set.zero, set.offset, nullptr,
                            error ? square.data() : nullptr, found ? codes.data() : nullptr});
       for (int64_t v = 0; v < here && error; v++)
         for (int64_t k = 0; k < s.p; k++) error[(first + v) * s.p + k] = square[(v / W * s.p + k) * W + v % W];
@@ -103,8 +103,7 @@ bool one(const Search& s) {
 
 bool search(const Search& s) {
   if (s.whole) return one(s);
-  const int W = variant_lanes();
-  return parallel(s.threads, (s.blocks + W - 1) / W, [&](int64_t i) { several(s, i * W); });
+  return parallel(s.threads, (s.blocks + s.lanes - 1) / s.lanes, [&](int64_t i) { several(s, i * s.lanes); });
 }
 
 }  // namespace qf

@@ -18,11 +18,10 @@ struct Trial {
   float* squares;      // [n, W] out: each of them; or null
   uint16_t* codes;     // [n / p, W] out; or null
 };
-using Try = void (*const*)(const Trial&);
-
 struct Search {
   const void* codec;
-  Try kernel;
+  void (*kernel)(const Trial&);
+  int lanes;  // its W
   const float* x;  // [n, blocks] with rows `stride` apart
   int64_t n, blocks, stride, p;
   int64_t candidates;

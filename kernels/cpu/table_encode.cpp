@@ -18,12 +18,11 @@ struct Table {
 };
 
 // The level of x: how many borders lie below it.
-template <int W> QF_INLINE typename Lanes<W>::i level(const Table& t, typename Lanes<W>::f x) {
-  typedef typename Lanes<W>::f f;
+template <int W, class F> QF_INLINE typename Lanes<W>::i level(const Table& t, const F& x) {
   typedef typename Lanes<W>::i i;
   i below = i{};
   if (t.entries <= 32) {
-    for (int64_t b = 0; b < t.entries - 1; b++) below -= (i)((t.borders[b] - f{}) < x);
+    for (int64_t b = 0; b < t.entries - 1; b++) below -= (i)((t.borders[b] - F{}) < x);
     return below;
   }
   for (int l = 0; l < W; l++) {
@@ -104,9 +103,10 @@ int32_t qf_table_search(const float* x, int64_t n, int64_t blocks, int64_t strid
   if (p != 1 && p != 2 && p != 4) return QF_UNSUPPORTED;
   try {
     const qf::Table table{entries, values, borders, order};
-    const qf::Try kernel = p == 1 ? qf::attempt1_for : p == 2 ? qf::attempt2_for : qf::attempt4_for;
-    const qf::Search s{&table, kernel, x, n, blocks, stride, p, candidates, scale, nullptr, nullptr, 0.f,
-                       whole != 0, codes, best, threads};
+    const int row = qf::variant();
+    const auto& kernel = p == 1 ? qf::attempt1_for : p == 2 ? qf::attempt2_for : qf::attempt4_for;
+    const qf::Search s{&table, kernel[row], qf::variant_lanes(row), x, n, blocks, stride, p, candidates,
+                       scale, nullptr, nullptr, 0.f, whole != 0, codes, best, threads};
     return qf::search(s) ? QF_OK : QF_NO_MEMORY;
   } catch (const std::bad_alloc&) {
     return QF_NO_MEMORY;

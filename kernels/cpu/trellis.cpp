@@ -1,4 +1,5 @@
-// `trellis`: windows of L bits of a tile's cyclic bit string, looked up in a table of all states (spec/codecs/trellis.md).
+// `trellis`: windows of L bits of a tile's cyclic bit string, looked up in a table of all states
+// (spec/codecs/trellis.md).
 #include "weight.h"
 
 namespace qf {
@@ -7,7 +8,8 @@ namespace {
 constexpr int64_t most = 4096;  // elements of a tile
 
 // k: bits of a step where all steps have as many and few enough, else 0.
-template <int V> QF_INLINE void decode_tile(const qf_trellis& w, const uint8_t* codes, const int32_t* place, int k, float* out) {
+template <int V>
+QF_INLINE void decode_tile(const qf_trellis& w, const uint8_t* codes, const int32_t* place, int k, float* out) {
   const int64_t bytes = w.string_bits / 8, steps = w.matrix.row_unit * w.matrix.col_unit / V;
   const uint32_t mask = (uint32_t(1) << w.L) - 1;
   uint8_t string[most + 8];  // at most 8 bits a weight, then its beginning again

@@ -56,7 +56,7 @@ def matrix(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
 
 @functools.lru_cache(maxsize=16)
 def _shared(params: Params) -> tuple[Array, Array, Array]:
-    """What all weights of equal settings have in common: starts, places and, unless each stores its own table, values."""
+    """What weights of equal settings have in common: starts, places and, unless each stores its own table, values."""
     stored = codec.states.stores_table(params)
     values = np.empty(0, np.float32) if stored else codec.values(params, {})
     return params.starts[:-1].astype(np.int32), codec.place(params), np.ascontiguousarray(values)
@@ -84,11 +84,6 @@ def search_error(
         *(codes, error),
     )
     return codes, error
-
-
-def encode(params: Params, weight: Array) -> dict[str, Array]:
-    """The codec's ``encode`` with the fast search, on one thread: weights are encoded side by side."""
-    return codec.encode(params, weight, path=functools.partial(search, threads=1))
 
 
 def encode(params: Params, weight: Array) -> dict[str, Array]:

@@ -65,7 +65,8 @@ template <int W, int N> QF_INLINE typename Lanes<W>::f repeat(const float* p) {
   if constexpr (N >= 4) {  // may read up to W - N floats more
     const f v = load<f>(p);
 #if defined(__clang__)
-    if constexpr (W == 16 && N == 8) return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (W == 16 && N == 8)
+      return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
     if constexpr (W == 16) return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
     if constexpr (W == 8) return __builtin_shufflevector(v, v, 0, 1, 2, 3, 0, 1, 2, 3);
 #else
@@ -77,22 +78,22 @@ template <int W, int N> QF_INLINE typename Lanes<W>::f repeat(const float* p) {
 }
 
 // Squared differences of x and the V values of W states.
-template <int W, int V> QF_INLINE typename Lanes<W>::f distance(const typename Lanes<W>::f* x, const float* value, int64_t plane) {
-  typedef typename Lanes<W>::f f;
-  f sum = x[0] - load<f>(value);
+template <int V, class F> QF_INLINE F distance(const F* x, const float* value, int64_t plane) {
+  F sum = x[0] - load<F>(value);
   sum = sum * sum;
   if constexpr (V == 2) {
-    const f d = x[1] - load<f>(value + plane);
+    const F d = x[1] - load<F>(value + plane);
     sum = sum + d * d;
   }
   return sum;
 }
 
+// IN: k(u-1), or log2 W if that is less. OUT: k(u), or 0: known at run time alone.
 template <int W, int V, int IN, int OUT> QF_INLINE void across_step(const Step& a) {
   typedef typename Lanes<W>::f f;
   typedef typename Lanes<W>::i i;
   constexpr int bits = log2i(W), U = 4;
-  const int out = OUT ? OUT : a.out, states = 1 << (a.L - bits), outs = 1 << out, rows = states >> out;  // of one lane
+  const int out = OUT ? OUT : a.out, outs = 1 << out, rows = 1 << (a.L - bits - out);
   const int row_mask = (1 << (a.L - a.in - bits)) - 1;
   i from;
   for (int l = 0; l < W; l++) from[l] = (l << out & (W - 1)) | (out < bits ? l >> (bits - out) : 0);
@@ -115,7 +116,8 @@ template <int W, int V, int IN, int OUT> QF_INLINE void across_step(const Step& 
     for (int j = 0; j < outs; j++) {
       const i tag = j - i{};
       for (int u = 0; u < U; u++) {
-        const f c = repeat<W, (W >> IN)>(cost[u] + int64_t(j) * W) + distance<W, V>(x, value[u] + int64_t(j) * W, a.plane);
+        const int64_t at = int64_t(j) * W;
+        const f c = repeat<W, (W >> IN)>(cost[u] + at) + distance<V>(x, value[u] + at, a.plane);
         const i wins = c < best[u];
         best[u] = wins ? c : best[u];
         who[u] = wins ? tag : who[u];
@@ -146,7 +148,7 @@ template <int W, int V> QF_INLINE void along_step(const Step& a) {
     f best = far - f{};
     i who = i{};
     for (int j = 0; j < outs; j += W) {
-      const f c = load<f>(cost + j) + distance<W, V>(x, value + j, a.plane);
+      const f c = load<f>(cost + j) + distance<V>(x, value + j, a.plane);
       const i wins = c < best;
       best = wins ? c : best;
       who = wins ? lane + j : who;
@@ -177,16 +179,24 @@ QF_DISPATCH(along, Step)
 struct Trellis {
   int L, V, T;         // T: steps
   std::vector<int> k;  // [T], bits of a step
+  int row;             // of the dispatch table
   int lanes;
-  bool wide;                                // `across`
+  bool wide;                                 // `across`
   std::map<int, std::vector<float>> tables;  // by stride(k)
 
   int into(int u) const { return k[(u + T - 1) % T]; }
   int stride(int k) const { return wide ? 0 : std::max(1 << k, lanes); }
+
+  // Where a table keeps state s.
+  int64_t at(int s, int k) const {
+    if (wide) return int64_t(s % ((1 << L) / lanes)) * lanes + s / ((1 << L) / lanes);
+    return int64_t(s >> k) * stride(k) + (s & ((1 << k) - 1));
+  }
 };
 
 Trellis arrange(const float* values, int L, int V, int64_t steps, const int32_t* bits, int nbits) {
-  Trellis t{L, V, int(steps), std::vector<int>(steps), variant_lanes(), true, {}};
+  const int row = variant();
+  Trellis t{L, V, int(steps), std::vector<int>(steps), row, variant_lanes(row), true, {}};
   const int lane_bits = log2i(t.lanes), S = 1 << L;
   for (int u = 0; u < t.T; u++) t.k[u] = V * bits[u % nbits];
   for (int u = 0; u < t.T; u++)
@@ -196,18 +206,15 @@ Trellis arrange(const float* values, int L, int V, int64_t steps, const int32_t*
     if (!table.empty()) continue;
     const int64_t plane = t.wide ? S : int64_t(S >> k) * t.stride(k);
     table.assign(plane * V, far);
-    for (int s = 0; s < S; s++) {
-      const int per_lane = S / t.lanes;
-      const int64_t at = t.wide ? int64_t(s % per_lane) * t.lanes + s / per_lane : int64_t(s >> k) * t.stride(k) + (s & ((1 << k) - 1));
-      for (int v = 0; v < V; v++) table[v * plane + at] = values[int64_t(s) * V + v];
-    }
+    for (int s = 0; s < S; s++)
+      for (int v = 0; v < V; v++) table[v * plane + t.at(s, k)] = values[int64_t(s) * V + v];
   }
   return t;
 }
 
-class Search {
+class Viterbi {
  public:
-  explicit Search(const Trellis& trellis) : t_(trellis) {
+  explicit Viterbi(const Trellis& trellis) : t_(trellis) {
     const int least = *std::min_element(t_.k.begin(), t_.k.end()), most = *std::max_element(t_.k.begin(), t_.k.end());
     const int64_t overlaps = int64_t(1) << (t_.L - least), size = std::max(overlaps, int64_t(1) << most) + t_.lanes;
     before_.resize(size), after_.resize(size), states_.resize(t_.T);
@@ -232,8 +239,8 @@ class Search {
   void run(const float* x, int first, int n, int fixed) {
     const int k0 = t_.into(first);
     std::fill(before_.begin(), before_.end(), fixed < 0 ? 0.f : far);
-    if (fixed >= 0)
-      for (int q = fixed; q < (t_.wide ? fixed + 1 : int(before_.size())); q += 1 << (t_.L - k0)) before_[cost_at(q, k0)] = 0.f;
+    if (fixed >= 0) before_[cost_at(fixed, k0)] = 0.f;
+    wrap(before_, t_.L - k0, t_.k[first]);
     for (int i = 0; i < n; i++) step(x, (first + i) % t_.T, back(i));
 
     const int k_end = t_.into(first + n);
@@ -252,10 +259,14 @@ class Search {
     const std::vector<float>& table = t_.tables.at(t_.stride(t_.k[u]));
     const Step step{x + int64_t(u) * t_.V, table.data(), before_.data(), after_.data(), back,
                     int64_t(table.size()) / t_.V, t_.L, t_.V, t_.into(u), t_.k[u]};
-    (t_.wide ? across_for : along_for)[variant()](step);
-    if (!t_.wide)  // a step with more branches than overlaps reads them round and round
-      for (int i = 1 << (t_.L - t_.k[u]); i < 1 << t_.k[(u + 1) % t_.T]; i++) after_[i] = after_[i - (1 << (t_.L - t_.k[u]))];
+    (t_.wide ? across_for : along_for)[t_.row](step);
+    wrap(after_, t_.L - t_.k[u], t_.k[(u + 1) % t_.T]);
     std::swap(before_, after_);
+  }
+
+  // A step `along` with more branches (2^k) than there are overlaps reads their costs round and round.
+  void wrap(std::vector<float>& costs, int overlap_bits, int k) const {
+    for (int i = 1 << overlap_bits; !t_.wide && i < 1 << k; i++) costs[i] = costs[i - (1 << overlap_bits)];
   }
 
   const Trellis& t_;
@@ -298,10 +309,10 @@ int32_t qf_trellis_encode(const float* x, int64_t tiles, int64_t steps, const fl
     const Trellis t = arrange(values, L, V, steps, bits, nbits);
     memset(codes, 0, size_t(tiles * bytes));
     const bool ok = parallel(threads, (tiles + batch - 1) / batch, [&](int64_t n) {
-      Search search(t);
+      Viterbi viterbi(t);
       for (int64_t i = n * batch; i < std::min(tiles, (n + 1) * batch); i++) {
         const float* tile = x + i * steps * V;
-        error[i] = write(t, search.circle(tile, around), tile, values, codes + i * bytes);
+        error[i] = write(t, viterbi.circle(tile, around), tile, values, codes + i * bytes);
       }
     });
     return ok ? QF_OK : QF_NO_MEMORY;

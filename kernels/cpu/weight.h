@@ -40,7 +40,9 @@ QF_INLINE float at(const qf_values& v, int64_t i) {
 }
 
 QF_INLINE int64_t block_of(const qf_grid& g, int64_t r, int64_t c) { return r / g.rows * g.across + c / g.cols; }
-QF_INLINE int64_t block_end(const qf_grid& g, int64_t c, int64_t end) { return std::min(end, (c / g.cols + 1) * g.cols); }
+QF_INLINE int64_t block_end(const qf_grid& g, int64_t c, int64_t end) {
+  return std::min(end, (c / g.cols + 1) * g.cols);
+}
 
 // Multiply rows of a decoded block by the scales of their blocks.
 QF_INLINE void apply_scales(const Block& b, const qf_grid& grid, const qf_values& scales) {
@@ -70,8 +72,8 @@ template <class Group> QF_INLINE void unpack_groups(const uint8_t* packed, int64
     store(out + 8 * g, to_bytes(load<Group>(packed + sizeof(Group) * g), sizeof(Group)));
 }
 
-// n codes of `bits` bits each, the first at a byte boundary, to uint8 (up to 8 bits) or uint16. Reads nothing beyond the
-// last code's byte and may write up to a group more. As the files, so the machine: little-endian.
+// n codes of `bits` bits each, the first at a byte boundary, to uint8 (up to 8 bits) or uint16. Reads nothing beyond
+// the last code's byte and may write up to a group more. As the files, so the machine: little-endian.
 QF_INLINE void unpack(const uint8_t* packed, int64_t bits, int64_t n, uint8_t* out) {
   if (bits == 8) return (void)memcpy(out, packed, size_t(n));
   const int64_t bytes = (n * bits + 7) / 8;
