@@ -295,9 +295,7 @@ def decode_matrix(entry: dict[str, Any], rows: int, cols: int, parts: dict[str, 
     outside = []
 
     def add(a: Matrix, b: Matrix) -> Matrix:
-        return [
-            [rounded(f32(x + y), dtype) for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)
-        ]
+        return [[rounded(f32(x + y), dtype) for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)]
 
     for i, term in enumerate(terms):
         value = decode_term(term, rows, cols, parts, f"{i}_" if len(terms) > 1 else "")
@@ -341,8 +339,14 @@ def decode(entry: dict[str, Any], parts: dict[str, Tensor]) -> tuple[list[float]
 def expand(pattern: str) -> list[str]:
     pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
     ranges = [range(int(a), int(b) + 1) for a, b in zip(pieces[1::3], pieces[2::3], strict=True)]
-    return ["".join(map(str, itertools.chain(*zip(pieces[::3], n, strict=False), pieces[-1:])))
-            for n in itertools.product(*ranges)] if ranges else [pattern]
+    return (
+        [
+            "".join(map(str, itertools.chain(*zip(pieces[::3], n, strict=False), pieces[-1:])))
+            for n in itertools.product(*ranges)
+        ]
+        if ranges
+        else [pattern]
+    )
 
 
 def decode_file(path: Path) -> dict[str, tuple[list[float], list[float]]]:

@@ -1,9 +1,9 @@
-"""What of ``spec/`` is generated: the schema, the hex dump of the README, and the vectors.
+"""What of ``spec/`` is generated: the schema, the hex dump of the README, the list of tables, and the vectors.
 
     scripts/spec [--add] [--change] [--check]
 
-writes schema and hex dump and compares every vector with its draft. A vector that is missing, differs, or has no draft
-is an error: ``--add`` writes those that are missing, ``--change`` rewrites those that differ, and a case that is to go is
+writes the first three and compares every vector with its draft. A vector that is missing, differs, or has no draft is
+an error: ``--add`` writes those that are missing, ``--change`` rewrites those that differ, and a case that is to go is
 removed by hand. ``--check`` writes nothing at all.
 """
 
@@ -44,6 +44,22 @@ def readme() -> str:
     """The README with the hex dump of the vector that it shows."""
     lines = files.dump(SPEC / "vectors" / "files" / "example" / "input.safetensors")
     return DUMP.sub(lambda _: "\n".join(lines) + "\n", (SPEC / "README.md").read_text())
+
+
+def list_of_tables() -> str:
+    """The page about the named tables, a row for each."""
+    rows = []
+    for path in sorted((SPEC / "tables").glob("*.json")):
+        table = json.loads(path.read_text())
+        sizes = f"{len(table['entries'])} | {len(table['entries'][0])} | `{table['dtype']}`"
+        rows.append(
+            f"| `{path.stem}` | {sizes} | "
+            + " | ".join(table[k].replace("|", "\\|") for k in ("what", "source"))
+            + " |"
+        )
+    page = (SPEC / "tables" / "README.md").read_text()
+    head, rule, _ = page.partition("| --- | --- | --- | --- | --- | --- |\n")
+    return head + rule + "\n".join(rows) + "\n"
 
 
 def differs(fresh: Path, stored: Path) -> bool:
@@ -87,12 +103,14 @@ def main() -> int:
     allowed = not options.check
     with tempfile.TemporaryDirectory() as work:
         problems = list(vectors(every, options.add and allowed, options.change and allowed, Path(work)))
-    for path, text in ((SPEC / "manifest.schema.json", schema()), (SPEC / "README.md", readme())):
+    generated = {"manifest.schema.json": schema(), "README.md": readme(), "tables/README.md": list_of_tables()}
+    for name, text in generated.items():
+        path = SPEC / name
         if not path.exists() or path.read_text() != text:
             if allowed:
                 path.write_text(text)
             else:
-                problems.append(f"{path.name}: differs from what is generated")
+                problems.append(f"{name}: differs from what is generated")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     print(f"{len(every)} vectors, {len(problems)} problems")

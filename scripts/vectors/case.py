@@ -155,8 +155,8 @@ def refused(
     error: str = "damaged",
     **keys: Any,
 ) -> Draft:
-    """A case whose manifest no reader may take. The file holds the parts of the valid entry ``like``, so that nothing but
-    the manifest is wrong.
+    """A case whose manifest no reader may take. The file holds the parts of the valid entry ``like``, so that nothing
+    but the manifest is wrong.
     """
     items = item if isinstance(item, list) else [item]
     like = like or entry({"codec": "int", "bits": 4}, (4, 8))

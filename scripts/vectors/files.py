@@ -83,15 +83,21 @@ def _lone() -> Iterator[Draft]:
         header.clear()
         header.update(reversed(items))
 
-    yield with_tensors("files/header-order", "a header in another order than the data", "F5", ALL, [ITEM], change=shuffle)
+    yield with_tensors(
+        "files/header-order", "a header in another order than the data", "F5", ALL, [ITEM], change=shuffle
+    )
 
     def sums(stored: Mapping[str, str]) -> Callable[[Header], None]:
         return lambda header: header["__metadata__"].update({CHECKSUMS: json.dumps(stored)})
 
     wrong = {name: "0" * 32 for name in ALL}
-    yield with_tensors("files/invalid-checksum", "checksums of other bytes", "F6", ALL, [ITEM], change=sums(wrong), error="damaged")
+    yield with_tensors(
+        "files/invalid-checksum", "checksums of other bytes", "F6", ALL, [ITEM], change=sums(wrong), error="damaged"
+    )
     few = {"norm": "0" * 32}
-    yield with_tensors("files/invalid-checksums-few", "a tensor without checksum", "F6", ALL, [ITEM], change=sums(few), error="damaged")
+    yield with_tensors(
+        "files/invalid-checksums-few", "a tensor without checksum", "F6", ALL, [ITEM], change=sums(few), error="damaged"
+    )
 
 
 def _headers() -> Iterator[Draft]:
@@ -104,17 +110,33 @@ def _headers() -> Iterator[Draft]:
     last = sum(array.nbytes for array in ALL.values())
     yield bad("truncated", "a file without its last byte", "F3", cut=lambda data: data[:-1])
     yield bad("trailing", "a byte after the last tensor", "F3", cut=lambda data: data + b"\0")
-    yield bad("header-length", "a header that claims 2^63 bytes", "F3", cut=lambda data: (1 << 63).to_bytes(8, "little") + data[8:])
+    yield bad(
+        "header-length",
+        "a header that claims 2^63 bytes",
+        "F3 L1",
+        cut=lambda data: (1 << 63).to_bytes(8, "little") + data[8:],
+    )
     yield bad("empty", "a file of no bytes", "F3", cut=lambda data: b"")
     yield bad("header-json", "a header that is no JSON", "F3", cut=lambda data: data.replace(b'"norm"', b"'norm'"))
     yield bad("header-list", "a header that is a list", "F3", cut=lambda data: (2).to_bytes(8, "little") + b"[]")
     twice = b'"norm": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, "norm"'
-    yield bad("name-twice", "a tensor's name twice", "F4", cut=lambda data: _grown(data.replace(b'"norm"', twice), len(twice) - 6))
+    yield bad(
+        "name-twice",
+        "a tensor's name twice",
+        "F4",
+        cut=lambda data: _grown(data.replace(b'"norm"', twice), len(twice) - 6),
+    )
     yield bad("overlap", "a tensor that overlaps another", "F3", change=tensor(data_offsets=[last - 5, last - 1]))
-    yield bad("hole", "a byte that no tensor has", "F3", change=tensor(data_offsets=[last - 3, last + 1]), cut=lambda data: data + b"\0")
+    yield bad(
+        "hole",
+        "a byte that no tensor has",
+        "F3",
+        change=tensor(data_offsets=[last - 3, last + 1]),
+        cut=lambda data: data + b"\0",
+    )
     yield bad("offsets", "fewer bytes than dtype and shape need", "F3", change=tensor(shape=[3]))
     yield bad("shape-negative", "a negative shape", "F3", change=tensor(shape=[-2]))
-    yield bad("shape-huge", "a shape whose product overflows 64 bits", "F3", change=tensor(shape=[1 << 61, 16]))
+    yield bad("shape-huge", "a shape whose product overflows 64 bits", "F3 L1", change=tensor(shape=[1 << 61, 16]))
     yield bad("dtype", "a dtype that safetensors does not have", "F3", "unsupported", change=tensor(dtype="F17"))
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
     yield bad("lfs-pointer", "a Git LFS pointer in place of the file", "F9", cut=lambda data: pointer)
@@ -173,23 +195,71 @@ def _folders() -> Iterator[Draft]:
 
     first = "model-00001-of-00002.safetensors"
     yield folder("folder", "config.json and model.safetensors", "F1 F2", single)
-    yield folder("folder-other-name", "the only *.safetensors, whatever its name", "F1", lambda p: single(p, "weights.safetensors"))
+    yield folder(
+        "folder-other-name",
+        "the only *.safetensors, whatever its name",
+        "F1",
+        lambda p: single(p, "weights.safetensors"),
+    )
     yield folder("folder-shards", "two shards and their index", "F1 F7", shards)
-    yield folder("folder-both-manifests", "the manifest in config.json and in the header, equal", "F2", lambda p: single(p, inside=True))
+    yield folder(
+        "folder-both-manifests",
+        "the manifest in config.json and in the header, equal",
+        "F2",
+        lambda p: single(p, inside=True),
+    )
     yield folder("folder-infinity", "a bare Infinity in config.json, as Python reads it", "F2", bare)
-    yield folder("invalid-manifests-differ", "another manifest in the header", "F2", lambda p: single(p, inside=True, note="rounded"), "damaged")
+    yield folder(
+        "invalid-manifests-differ",
+        "another manifest in the header",
+        "F2",
+        lambda p: single(p, inside=True, note="rounded"),
+        "damaged",
+    )
     yield folder("invalid-config-key-twice", "a key of config.json twice", "F4", repeated, "damaged")
     yield folder("invalid-two-candidates", "two weight files and no index", "F1", two, "damaged")
     yield folder("invalid-pickle", "weights in a pickle", "F9", pickle, "unsupported")
     yield folder("invalid-no-weights", "no weights", "F1", config, "damaged")
     outside = {"norm": "../folder/input/model.safetensors"}
-    yield folder("invalid-index-outside", "an index that points out of the folder", "F7", lambda p: shards(p, outside), "damaged")
-    yield folder("invalid-index-absolute", "an index that names an absolute path", "F7", lambda p: shards(p, {"norm": "/norm.safetensors"}), "damaged")
-    yield folder("invalid-index-file", "an index that names a file that is not there", "F7", lambda p: shards(p, {"norm": "none.safetensors"}), "damaged")
-    yield folder("invalid-index-tensor", "an index that names a tensor that is not there", "F7", lambda p: shards(p, {"bias": first}), "damaged")
-    yield folder("invalid-index-shard", "an index that names the wrong shard", "F7", lambda p: shards(p, {"norm": first}), "damaged")
+    yield folder(
+        "invalid-index-outside", "an index that points out of the folder", "F7", lambda p: shards(p, outside), "damaged"
+    )
+    yield folder(
+        "invalid-index-absolute",
+        "an index that names an absolute path",
+        "F7",
+        lambda p: shards(p, {"norm": "/norm.safetensors"}),
+        "damaged",
+    )
+    yield folder(
+        "invalid-index-file",
+        "an index that names a file that is not there",
+        "F7",
+        lambda p: shards(p, {"norm": "none.safetensors"}),
+        "damaged",
+    )
+    yield folder(
+        "invalid-index-tensor",
+        "an index that names a tensor that is not there",
+        "F7",
+        lambda p: shards(p, {"bias": first}),
+        "damaged",
+    )
+    yield folder(
+        "invalid-index-shard",
+        "an index that names the wrong shard",
+        "F7",
+        lambda p: shards(p, {"norm": first}),
+        "damaged",
+    )
     more = {**NORM, "bias": np.zeros(2, np.float16)}
-    yield folder("invalid-index-lacks", "a tensor that the index does not name", "F7", lambda p: shards(p, second=more), "damaged")
+    yield folder(
+        "invalid-index-lacks",
+        "a tensor that the index does not name",
+        "F7",
+        lambda p: shards(p, second=more),
+        "damaged",
+    )
     twice = {**NORM, f"{NAME}_scales": PARTS[f"{NAME}_scales"]}
     yield folder("invalid-tensor-twice", "a tensor in two shards", "F8", lambda p: shards(p, second=twice), "damaged")
 

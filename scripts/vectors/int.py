@@ -91,7 +91,9 @@ def _numbers() -> Iterator[Draft]:
 
 def _blocks() -> Iterator[Draft]:
     shared = "C2 int-3"
-    yield packed("int/block-short", "short last blocks along both axes", shared, term(4, (2, 8), zeros="uint8"), (5, 22))
+    yield packed(
+        "int/block-short", "short last blocks along both axes", shared, term(4, (2, 8), zeros="uint8"), (5, 22)
+    )
     yield packed("int/block-row", "the default block: a row", shared, {"codec": "int", "bits": 8, "zero": 128}, (4, 9))
     yield packed("int/block-whole", "one scale for the matrix", shared, term(8, (-1, -1), zero=128), (4, 9))
     yield packed("int/block-columns", "one scale for a column", shared, term(5, (-1, 1), zero=16), (6, 11))
@@ -115,7 +117,11 @@ def _blocks() -> Iterator[Draft]:
         slices=[(0, 1, 3), (1, 8, 16, "unsupported")],
     )
     yield packed(
-        "int/groups-rows", "scattered columns and blocks of rows", "int-6", term(2, (3, 8), zero=2, groups="int32"), (7, 20)
+        "int/groups-rows",
+        "scattered columns and blocks of rows",
+        "int-6",
+        term(2, (3, 8), zero=2, groups="int32"),
+        (7, 20),
     )
 
 
@@ -174,7 +180,13 @@ def _invalid() -> Iterator[Draft]:
         scales = np.full((4, 2), 0.5, np.float16)
         scales[3, 1] = float(value)
         yield packed(
-            f"int/invalid-{name}", f"a scale that is {value}", "V9", term(4), (4, 16), parts={part: scales}, error="damaged"
+            f"int/invalid-{name}",
+            f"a scale that is {value}",
+            "V9",
+            term(4),
+            (4, 16),
+            parts={part: scales},
+            error="damaged",
         )
     nan = np.full((4, 2), 127, np.uint8)
     nan[2, 0] = 255

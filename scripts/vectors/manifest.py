@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .case import NAME, Draft, entry, fill, packed, refused, write_file
+from .case import NAME, Draft, entry, fill, refused, write_file
 from .files import with_tensors
 
 INT = {"codec": "int", "bits": 4, "block": [1, 8], "zero": 8}
@@ -42,22 +41,40 @@ def _valid() -> Iterator[Draft]:
     names = [f"l.{i}.{side}" for i in range(9, 12) for side in ("up", "down")]
     yield several("manifest/pattern", "patterns of layers 9 to 11", "M5", ["l.{9..11}.up", "l.{9..11}.down"], names)
     pairs = [f"l.{i}.experts.{j}.w" for i in range(2) for j in range(2, 4)]
-    yield several("manifest/pattern-product", "two pairs of braces: their product", "M5", ["l.{0..1}.experts.{2..3}.w"], pairs)
-    yield several("manifest/alias", "a tied weight under its second name", "M6", ["a.w"], ["a.w"], aliases={"b.w": "a.w"})
-    extra = {"activations": {"bits": 8}, "kv_cache": None, "provenance": {"any": ["thing", 1.5]}, "x-note": {"unknown": True}}
-    yield several("manifest/unknown-top-level", "keys of the top level that no version knows", "M2", ["w"], ["w"], **extra)
+    yield several(
+        "manifest/pattern-product", "two pairs of braces: their product", "M5", ["l.{0..1}.experts.{2..3}.w"], pairs
+    )
+    yield several(
+        "manifest/alias", "a tied weight under its second name", "M6", ["a.w"], ["a.w"], aliases={"b.w": "a.w"}
+    )
+    extra = {
+        "activations": {"bits": 8},
+        "kv_cache": None,
+        "provenance": {"any": ["thing", 1.5]},
+        "x-note": {"unknown": True},
+    }
+    yield several(
+        "manifest/unknown-top-level", "keys of the top level that no version knows", "M2", ["w"], ["w"], **extra
+    )
 
 
 def _parts() -> Iterator[Draft]:
     item = entry(INT, SHAPE)
     whole = {f"{NAME}_{part}": array for part, array in fill("manifest/parts", item).items()}
 
-    def bad(name: str, what: str, rules: str, tensors: dict[str, Any], items: list[dict[str, Any]] | None = None) -> Draft:
+    def bad(
+        name: str, what: str, rules: str, tensors: dict[str, Any], items: list[dict[str, Any]] | None = None
+    ) -> Draft:
         return with_tensors(f"manifest/invalid-{name}", what, rules, tensors, items or [item], error="damaged")
 
     scales = whole[f"{NAME}_scales"]
     yield bad("part-missing", "no scales", "P2", {k: v for k, v in whole.items() if k != f"{NAME}_scales"})
-    yield bad("part-dtype", "scales of another dtype than the params say", "P2", {**whole, f"{NAME}_scales": scales.astype(np.float32)})
+    yield bad(
+        "part-dtype",
+        "scales of another dtype than the params say",
+        "P2",
+        {**whole, f"{NAME}_scales": scales.astype(np.float32)},
+    )
     yield bad("part-shape", "scales of another shape", "P2", {**whole, f"{NAME}_scales": scales.reshape(1, 3)})
     codes = whole[f"{NAME}_codes"]
     yield bad("part-short", "codes that are a byte short", "P2", {**whole, f"{NAME}_codes": codes[:, :-1].copy()})
@@ -81,7 +98,9 @@ def _versions() -> Iterator[Draft]:
     text = json.dumps({"quant_method": "qformat", "version": "0.1", "entries": [item]})
     twice = text.replace('"bits": 4', '"bits": 4, "bits": 4')
     tensors = {f"{NAME}_{part}": array for part, array in fill("manifest/twice", item).items()}
-    yield with_tensors("manifest/invalid-key-twice", "a key twice, with equal values", "F4", tensors, twice, error="damaged")
+    yield with_tensors(
+        "manifest/invalid-key-twice", "a key twice, with equal values", "F4", tensors, twice, error="damaged"
+    )
 
 
 def _entries() -> Iterator[Draft]:
@@ -99,6 +118,8 @@ def _entries() -> Iterator[Draft]:
     yield bad("float-for-integer", "bits of 4.0", "M4", terms=[{**INT, "bits": 4.0}])
     yield bad("true-for-integer", "bits of true", "M4", terms=[{**INT, "bits": True}])
     yield bad("no-terms", "no terms", "M4", terms=[])
+    yield bad("terms-17", "seventeen terms", "M4 L1", terms=[INT] * 17)
+    yield bad("shape-of-9", "nine axes", "M4 L1", shape=[1] * 7 + [3, 8], stack=0)
     yield bad("dtype", "a dtype that weights do not have", "M4", dtype="int8")
     yield bad("label", "an unknown label", "M4", label="perfect")
     yield bad("shape-zero", "an axis of length 0", "M4", shape=[0, 8])
@@ -107,18 +128,21 @@ def _entries() -> Iterator[Draft]:
     yield bad("transposed-conv", "a transposed weight with two axes after out", "M7", shape=[3, 4, 2], transposed=True)
     yield bad("stored-smaller", "a stored_shape smaller than shape", "M8", stored_shape=[3, 7])
     yield bad("stored-rank", "a stored_shape with an axis more", "M8", stored_shape=[1, 3, 8])
-    yield bad("stored-stack", "a stored_shape that pads the stack", "M8", shape=[1, 3, 8], stack=1, stored_shape=[2, 3, 8])
+    yield bad(
+        "stored-stack", "a stored_shape that pads the stack", "M8", shape=[1, 3, 8], stack=1, stored_shape=[2, 3, 8]
+    )
 
 
 def _names() -> Iterator[Draft]:
     item = entry(INT, SHAPE)
 
-    def bad(name: str, what: str, patterns: list[str]) -> Draft:
-        return refused(f"manifest/invalid-{name}", what, "M5", {**item, "weights": patterns}, like=item)
+    def bad(name: str, what: str, patterns: list[str], rules: str = "M5") -> Draft:
+        return refused(f"manifest/invalid-{name}", what, rules, {**item, "weights": patterns}, like=item)
 
     yield bad("no-weights", "an entry of no weights", [])
     yield bad("weight-twice", "one name by two patterns", [NAME, NAME])
-    yield bad("braces-billions", "a pattern of 10^36 names", ["{0..999999999}" * 4])
+    yield bad("braces-billions", "a pattern of 10^36 names", ["{0..999999999}" * 4], "M5 L1")
+    yield bad("ranges-nine", "nine ranges in a pattern", ["{1..1}" * 9], "L1")
     yield bad("braces-down", "a range that ends before it starts", ["w.{3..1}"])
     yield bad("braces-zeros", "a number with a leading zero", ["w.{00..01}"])
     yield bad("braces-open", "a brace that is no range", ["w.{a}"])

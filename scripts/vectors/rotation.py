@@ -1,4 +1,4 @@
-"""Vectors of rotations: what is exact is Ŵ, the stored matrix; W is compared with a tolerance unless it is exact too."""
+"""Vectors of rotations: Ŵ, the stored matrix, is exact; W is compared with a tolerance unless it is exact too."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from .case import WIDE, Draft, entry, packed, refused
 TERM = {"codec": "int", "bits": 4, "block": [1, 8], "zero": 8}
 
 
-def turned(name: str, what: str, rules: str, rotation: dict[str, Any], shape: tuple[int, ...] = (8, 24), **keys: Any) -> Draft:
+def turned(
+    name: str, what: str, rules: str, rotation: dict[str, Any], shape: tuple[int, ...] = (8, 24), **keys: Any
+) -> Draft:
     keys = {"tolerance": WIDE, **keys}
     return packed(f"rotation/{name}", what, rules, TERM, shape, rotation=rotation, **keys)
 
 
 def drafts() -> Iterator[Draft]:
-    yield turned("in", "Hadamard blocks of 8 on the input side", "R1 R2", {"in": {"size": 8}})
+    yield turned("in", "Hadamard blocks of 8 on the input side", "R1 R2 R6", {"in": {"size": 8}})
     yield turned("out", "Hadamard blocks of 4 on the output side", "R1 R2", {"out": {"size": 4}})
     both = {"in": {"size": 8, "scale": "float16"}, "out": {"size": 2, "scale": "float32"}}
     yield turned("both", "both sides, each with its scale", "R1 R2 R4", both)
@@ -35,7 +37,10 @@ def drafts() -> Iterator[Draft]:
         slices=[(0, 2, 6), (1, 8, 16, "unsupported")],
     )
     yield turned("perm-out", "rows placed by a permutation", "R3", {"out": {"perm": "int32"}}, tolerance=0)
-    every = {"in": {"size": 4, "perm": "int32", "scale": "float16"}, "out": {"size": 2, "perm": "int32", "scale": "float16"}}
+    every = {
+        "in": {"size": 4, "perm": "int32", "scale": "float16"},
+        "out": {"size": 2, "perm": "int32", "scale": "float16"},
+    }
     yield turned("all", "transform, then permutation, then scale, on both sides", "R1 R3 R4", every)
     for dtype in ("float16", "bfloat16", "float32", "float64"):
         yield turned(
@@ -63,7 +68,9 @@ def drafts() -> Iterator[Draft]:
         stored_shape=[16, 32],
         slices=[(0, 8, 11), (0, 0, 8), (0, 0, 4, "unsupported"), (1, 0, 16, "unsupported")],
     )
-    yield turned("stack", "each matrix of a stack with its own vectors", "R1 V5", both, (3, 8, 24), stack=1, slices=[(0, 1, 3)])
+    yield turned(
+        "stack", "each matrix of a stack with its own vectors", "R1 V5", both, (3, 8, 24), stack=1, slices=[(0, 1, 3)]
+    )
     yield turned(
         "transposed", "in is the side of columns as the codec sees them", "R1 V7", both, (24, 8), transposed=True
     )
@@ -80,7 +87,9 @@ def drafts() -> Iterator[Draft]:
 def _invalid() -> Iterator[Draft]:
     def bad(name: str, what: str, rules: str, wrong: dict[str, Any], error: str = "damaged") -> Draft:
         like = entry(TERM, (8, 24), rotation={"in": {"size": 8}})
-        return refused(f"rotation/invalid-{name}", what, rules, entry(TERM, (8, 24), rotation=wrong), like=like, error=error)
+        return refused(
+            f"rotation/invalid-{name}", what, rules, entry(TERM, (8, 24), rotation=wrong), like=like, error=error
+        )
 
     yield bad("size", "a size that does not divide the columns", "R7", {"in": {"size": 16}})
     yield bad("size-zero", "a size of 0", "M4 R7", {"in": {"size": 0}})

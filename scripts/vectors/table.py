@@ -86,8 +86,24 @@ def _stored() -> Iterator[Draft]:
         term("float16", 2, 2, table_block=[2, 6], block=[1, 4], scales="float16"),
         (5, 16),
     )
-    yield packed("table/bits-10", "codes of 10 bits", "O1 C1 table-1", term("float16", 10, 1), (3, 21), error="unsupported", group="optional")
-    yield packed("table/bits-9", "codes of 9 bits, pairs", "O1 C1 table-1", term("bfloat16", 9, 2), (3, 22), error="unsupported", group="optional")
+    yield packed(
+        "table/bits-10",
+        "codes of 10 bits",
+        "O1 C1 table-1",
+        term("float16", 10, 1),
+        (3, 21),
+        error="unsupported",
+        group="optional",
+    )
+    yield packed(
+        "table/bits-9",
+        "codes of 9 bits, pairs",
+        "O1 C1 table-1",
+        term("bfloat16", 9, 2),
+        (3, 22),
+        error="unsupported",
+        group="optional",
+    )
 
 
 def _scales() -> Iterator[Draft]:
@@ -95,7 +111,9 @@ def _scales() -> Iterator[Draft]:
         yield packed(
             f"table/scales-{dtype}", f"scales of {dtype}", "table-4", term("nf4", block=[1, 8], scales=dtype), (4, 20)
         )
-    yield packed("table/scale-whole", "one scale", "C2 table-4", term("higgs-p2-n16", block=[-1, -1], scales="float32"), (4, 20))
+    yield packed(
+        "table/scale-whole", "one scale", "C2 table-4", term("higgs-p2-n16", block=[-1, -1], scales="float32"), (4, 20)
+    )
     yield packed(
         "table/block-within-entry",
         "blocks of 3 columns beside entries of 2 values: the scale is the element's, not the code's",
@@ -133,12 +151,16 @@ def _invalid() -> Iterator[Draft]:
         return refused(f"table/invalid-{name}", what, rules, entry(wrong, (2, cols)), like=entry(like, (2, 16)))
 
     pairs = term("higgs-p2-n16")
-    yield bad("table-entries", "a table with fewer entries than the bits reach", "table-6", term("nf4", 5, 1), term("nf4"))
+    yield bad(
+        "table-entries", "a table with fewer entries than the bits reach", "table-6", term("nf4", 5, 1), term("nf4")
+    )
     yield bad("table-width", "a table of single values for pairs", "table-6", term("nf4", 4, 2), pairs)
     yield bad("columns", "an odd number of columns for pairs", "table-6", pairs, pairs, cols=15)
     yield bad("p-3", "entries of three values", "M4 table-6", term("higgs-p2-n16", 4, 3), pairs)
     stored = term("float16", 4, 2)
-    yield bad("table-block", "tables for blocks of 3 columns, and pairs", "table-6", {**stored, "table_block": [1, 3]}, stored)
+    yield bad(
+        "table-block", "tables for blocks of 3 columns, and pairs", "table-6", {**stored, "table_block": [1, 3]}, stored
+    )
     yield refused(
         "table/invalid-table-unknown",
         "a table that this version does not have",
@@ -150,5 +172,11 @@ def _invalid() -> Iterator[Draft]:
     values = np.linspace(-1, 1, 8, dtype=np.float16)[None, None, :, None].copy()
     values[0, 0, 5] = np.nan
     yield packed(
-        "table/invalid-entry-nan", "an entry that is a NaN", "V9", term("float16", 3, 1), (2, 16), parts={"table": values}, error="damaged"
+        "table/invalid-entry-nan",
+        "an entry that is a NaN",
+        "V9",
+        term("float16", 3, 1),
+        (2, 16),
+        parts={"table": values},
+        error="damaged",
     )

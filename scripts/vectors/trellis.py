@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-
 from .case import WIDE, Draft, entry, packed, refused
 
 ROWS = "c0 c1 c2 c3 r0 r1 r2 r3"  # row-major
@@ -58,7 +57,9 @@ def example() -> Draft:
 def _codes() -> Iterator[Draft]:
     for code, rule in (("1mad", 6), ("3inst", 7), ("mcg", 8), ("mul1", 9)):
         for L in (16, 12, 8):
-            yield packed(f"trellis/{code}-L{L}", f"code {code}, L = {L}", f"trellis-2 trellis-{rule}", term(code, 2, L), SMALL)
+            yield packed(
+                f"trellis/{code}-L{L}", f"code {code}, L = {L}", f"trellis-2 trellis-{rule}", term(code, 2, L), SMALL
+            )
     for code, rule in (("mcg", 8), ("mul1", 9)):
         params = term(code, 2, multiplier=0x89ABCDEF)
         yield packed(
@@ -66,7 +67,11 @@ def _codes() -> Iterator[Draft]:
         )
     yield packed("trellis/hyb", "code hyb, the named table", "trellis-10", hyb("hyb-q9", 9), SMALL)
     yield packed(
-        "trellis/hyb-stored", "code hyb, a stored table of 16 pairs", "trellis-10 trellis-12", hyb("float16", 4, 12), SMALL
+        "trellis/hyb-stored",
+        "code hyb, a stored table of 16 pairs",
+        "trellis-10 trellis-12",
+        hyb("float16", 4, 12),
+        SMALL,
     )
     for name, params in HASHES.items():
         bits = {"hash-16": 2, "hash-64": 3, "hash-16+16": 4}[name]
@@ -111,24 +116,42 @@ def hyb(table: str, index: int, L: int = 16, bits: int = 2, **params: Any) -> di
 
 def _strings() -> Iterator[Draft]:
     for bits in range(1, 9):
-        yield packed(f"trellis/bits-{bits}", f"{bits} bits a weight", "trellis-1 trellis-2", term("3inst", bits), (16, 32))
+        yield packed(
+            f"trellis/bits-{bits}", f"{bits} bits a weight", "trellis-1 trellis-2", term("3inst", bits), (16, 32)
+        )
     for L in (9, 11, 13, 14, 15):
         yield packed(f"trellis/L-{L}", f"states of {L} bits", "trellis-2", term("mul1", 3, L), SMALL)
     for bits in (1, 3, 4):
         yield packed(
-            f"trellis/V2-bits-{bits}", f"two values a step, {bits} bits a weight", "trellis-2", hyb("hyb-q9", 9, bits=bits), SMALL
+            f"trellis/V2-bits-{bits}",
+            f"two values a step, {bits} bits a weight",
+            "trellis-2",
+            hyb("hyb-q9", 9, bits=bits),
+            SMALL,
         )
-    yield packed("trellis/V2-bits-8", "a step of 16 bits: no bit is shared", "trellis-2", hyb("hyb-q9", 9, bits=8), SMALL)
+    yield packed(
+        "trellis/V2-bits-8", "a step of 16 bits: no bit is shared", "trellis-2", hyb("hyb-q9", 9, bits=8), SMALL
+    )
     for bits in ([2, 2, 2, 3], [1, 2], [3, 4, 4, 4, 4, 4, 4, 4], [8, 1]):
         name = "-".join(map(str, bits))
         yield packed(f"trellis/widths-{name}", f"widths {bits} in turn", "trellis-3", term("mul1", bits), SMALL)
-    yield packed("trellis/widths-V2-2-3", "two values a step, widths 2 and 3 in turn", "trellis-3", hyb("hyb-q9", 9, bits=0) | {"bits": [2, 3]}, SMALL)
+    yield packed(
+        "trellis/widths-V2-2-3",
+        "two values a step, widths 2 and 3 in turn",
+        "trellis-3",
+        hyb("hyb-q9", 9, bits=0) | {"bits": [2, 3]},
+        SMALL,
+    )
 
 
 def _places() -> Iterator[Draft]:
     for name, order in ORDERS.items():
-        yield packed(f"trellis/order-{name}", f"element order {order}", "trellis-4", term("mcg", 2, order=order), (32, 32))
-    yield packed("trellis/reversed", "steps in reverse", "trellis-5", term("mcg", 3, order=ORDERS["exl3"], reversed=True), SMALL)
+        yield packed(
+            f"trellis/order-{name}", f"element order {order}", "trellis-4", term("mcg", 2, order=order), (32, 32)
+        )
+    yield packed(
+        "trellis/reversed", "steps in reverse", "trellis-5", term("mcg", 3, order=ORDERS["exl3"], reversed=True), SMALL
+    )
     yield packed(
         "trellis/reversed-V2",
         "steps in reverse, the two values of a step not",
@@ -136,7 +159,11 @@ def _places() -> Iterator[Draft]:
         hyb("hyb-q9", 9, order=ORDERS["qtip-kernel"], reversed=True),
         SMALL,
     )
-    for tile, order in (((8, 16), "c0 c1 c2 c3 r0 r1 r2"), ((32, 8), "r4 c0 r0 c1 r1 c2 r2 r3"), ((4, 8), "r0 r1 c0 c1 c2")):
+    for tile, order in (
+        ((8, 16), "c0 c1 c2 c3 r0 r1 r2"),
+        ((32, 8), "r4 c0 r0 c1 r1 c2 r2 r3"),
+        ((4, 8), "r0 r1 c0 c1 c2"),
+    ):
         name = f"{tile[0]}x{tile[1]}"
         yield packed(
             f"trellis/tile-{name}",
@@ -160,7 +187,9 @@ def _scales() -> Iterator[Draft]:
             f"trellis/scales-{name}",
             f"a scale of {dtype} for blocks {list(block)}",
             "C2 trellis-13",
-            term("hash", 2, 12, ORDERS["2-bits"], block=list(block), scales=dtype, table="hash-16", **HASHES["hash-16"]),
+            term(
+                "hash", 2, 12, ORDERS["2-bits"], block=list(block), scales=dtype, table="hash-16", **HASHES["hash-16"]
+            ),
             (32, 32),
             slices=[(0, 16, 32), (1, 16, 32), (0, 8, 16, "unsupported"), (1, 0, 8, "unsupported")],
         )
@@ -179,7 +208,9 @@ def _scales() -> Iterator[Draft]:
 def _invalid() -> Iterator[Draft]:
     good = term("mul1", 2)
 
-    def bad(name: str, what: str, change: dict[str, Any], like: dict[str, Any] = good, shape: tuple[int, int] = SMALL) -> Draft:
+    def bad(
+        name: str, what: str, change: dict[str, Any], like: dict[str, Any] = good, shape: tuple[int, int] = SMALL
+    ) -> Draft:
         item, valid = entry({**like, **change}, shape), entry(like, SMALL)
         return refused(f"trellis/invalid-{name}", what, "trellis-14", item, like=valid)
 
@@ -191,7 +222,9 @@ def _invalid() -> Iterator[Draft]:
     yield bad("tile-too-small", "a tile of 4 x 4", {"tile": [4, 4], "order": " ".join(_bits(4, 4))})
     yield bad("order-twice", "a bit of the row twice", {"order": "c0 c1 c2 c3 r0 r1 r2 r2"})
     yield bad("order-short", "an order of seven bits for 256 elements", {"order": "c0 c1 c2 c3 r0 r1 r2"})
-    yield bad("half-a-byte", "a bit string of 33 bits", {"tile": [4, 8], "order": "c0 c1 c2 r0 r1", "bits": [1] * 31 + [2]})
+    yield bad(
+        "half-a-byte", "a bit string of 33 bits", {"tile": [4, 8], "order": "c0 c1 c2 r0 r1", "bits": [1] * 31 + [2]}
+    )
     yield bad("rows", "rows that are no whole tiles", {}, shape=(24, 16))
     yield bad("taps-beside-mul1", "taps beside a code that has none", {"taps": [0]})
     yield bad("multiplier-beside-1mad", "a multiplier beside 1mad", {"multiplier": 5}, term("1mad"))

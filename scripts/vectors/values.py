@@ -10,7 +10,15 @@ from .case import WIDE, Draft, entry, packed, refused
 
 INT = {"codec": "int", "bits": 4, "block": [1, 8], "zero": 8}
 GRID = {"codec": "table", "bits": 4, "p": 2, "table": "higgs-p2-n16", "block": [1, -1], "scales": "float16"}
-TRELLIS = {"codec": "trellis", "L": 16, "bits": [2], "code": "mul1", "order": "c0 c1 c2 c3 r0 r1 r2 r3", "block": [1, -1], "scales": "float16"}
+TRELLIS = {
+    "codec": "trellis",
+    "L": 16,
+    "bits": [2],
+    "code": "mul1",
+    "order": "c0 c1 c2 c3 r0 r1 r2 r3",
+    "block": [1, -1],
+    "scales": "float16",
+}
 NESTED = {"codec": "int", "bits": 8, "block": [2, -1], "scales": "float32", "offsets": "float32"}
 
 
@@ -27,14 +35,28 @@ def _sums() -> Iterator[Draft]:
         yield packed(
             f"values/sum-{dtype}",
             f"three terms of three codecs, the sum rounded to {dtype} after each addition",
-            "P1 V2",
+            "P1 V1 V2",
             [INT, GRID, TRELLIS],
             shape,
             sum_dtype=dtype,
             slices=[(0, 0, 16)],
         )
-    yield packed("values/sum-order", "equal terms in the order that they have", "V2", [INT, INT, INT], (3, 16), sum_dtype="float16")
-    yield packed("values/outside", "a term outside: without a rotation it is added last", "V3", [{**INT, "outside": True}, GRID, INT], (4, 16), sum_dtype="float16")
+    yield packed(
+        "values/sum-order",
+        "equal terms in the order that they have",
+        "V2",
+        [INT, INT, INT],
+        (3, 16),
+        sum_dtype="float16",
+    )
+    yield packed(
+        "values/outside",
+        "a term outside: without a rotation it is added last",
+        "V3",
+        [{**INT, "outside": True}, GRID, INT],
+        (4, 16),
+        sum_dtype="float16",
+    )
     yield packed(
         "values/outside-rotation",
         "a term that is added after the rotation is undone",
@@ -55,12 +77,28 @@ def _packed_parts() -> Iterator[Draft]:
         (6, 32),
         slices=[(0, 2, 4), (0, 1, 3, "unsupported"), (1, 8, 24)],
     )
-    small = {"codec": "int", "bits": 3, "block": [4, 1], "scales": "float16", "zeros": "float16", "rounding": "each", "round_dtype": "float16"}
+    small = {
+        "codec": "int",
+        "bits": 3,
+        "block": [4, 1],
+        "scales": "float16",
+        "zeros": "float16",
+        "rounding": "each",
+        "round_dtype": "float16",
+    }
     yield packed(
         "values/packed-zeros",
         "scales and zeros of 3 bits over blocks of blocks, every operation rounded to float16 (SpQR's dense part)",
         "V4 int-4 int-7",
-        {"codec": "int", "bits": 3, "block": [1, 4], "scales": small, "zeros": small, "rounding": "each", "round_dtype": "float16"},
+        {
+            "codec": "int",
+            "bits": 3,
+            "block": [1, 4],
+            "scales": small,
+            "zeros": small,
+            "rounding": "each",
+            "round_dtype": "float16",
+        },
         (8, 20),
     )
     yield packed(
@@ -79,14 +117,32 @@ def _packed_parts() -> Iterator[Draft]:
         group="optional",
         error="unsupported",
     )
-    yield packed("values/packed-second-term", "packed scales of one term of two", "P1 V4", [GRID, {**INT, "scales": NESTED}], (4, 16))
+    yield packed(
+        "values/packed-second-term",
+        "packed scales of one term of two",
+        "P1 V4",
+        [GRID, {**INT, "scales": NESTED}],
+        (4, 16),
+    )
 
 
 def _axes() -> Iterator[Draft]:
-    yield packed("values/stack", "a stack of three matrices", "V5", INT, (3, 5, 12), stack=1, slices=[(0, 1, 3), (1, 2, 4), (2, 8, 12)])
-    yield packed("values/stack-2", "two leading axes", "V5", GRID, (2, 3, 4, 12), stack=2, slices=[(1, 1, 2), (2, 0, 2)])
+    yield packed(
+        "values/stack",
+        "a stack of three matrices",
+        "V5",
+        INT,
+        (3, 5, 12),
+        stack=1,
+        slices=[(0, 1, 3), (1, 2, 4), (2, 8, 12)],
+    )
+    yield packed(
+        "values/stack-2", "two leading axes", "V5", GRID, (2, 3, 4, 12), stack=2, slices=[(1, 1, 2), (2, 0, 2)]
+    )
     per = {"codec": "table", "bits": 2, "p": 1, "table": "float16"}
-    yield packed("values/stack-table", "each matrix of a stack has its own table", "V5 table-3", per, (3, 4, 8), stack=1)
+    yield packed(
+        "values/stack-table", "each matrix of a stack has its own table", "V5 table-3", per, (3, 4, 8), stack=1
+    )
     yield packed("values/conv", "a convolution [out, in, 3, 2] is a matrix [out, in * 3 * 2]", "V6", INT, (4, 3, 3, 2))
     yield packed("values/conv-stack", "a stack of convolutions along one axis", "V5 V6", INT, (2, 4, 3, 5), stack=1)
     yield packed(
@@ -98,7 +154,9 @@ def _axes() -> Iterator[Draft]:
         transposed=True,
         slices=[(0, 8, 16), (1, 2, 5), (0, 4, 16, "unsupported")],
     )
-    yield packed("values/transposed-stack", "experts [experts, in, out]", "V5 V7", INT, (2, 24, 6), stack=1, transposed=True)
+    yield packed(
+        "values/transposed-stack", "experts [experts, in, out]", "V5 V7", INT, (2, 24, 6), stack=1, transposed=True
+    )
     yield packed(
         "values/padded",
         "a stored matrix of 8 x 24 of which 5 x 18 remain",
@@ -121,15 +179,29 @@ def _axes() -> Iterator[Draft]:
 
 
 def _invalid() -> Iterator[Draft]:
-    yield packed("values/invalid-all-outside", "no term inside", "V3", {**INT, "outside": True}, (4, 16), error="damaged")
+    yield packed(
+        "values/invalid-all-outside", "no term inside", "V3", {**INT, "outside": True}, (4, 16), error="damaged"
+    )
     deep = {**INT, "scales": {**NESTED, "scales": {**NESTED, "scales": NESTED}}}
     like = entry({**INT, "scales": {**NESTED, "scales": NESTED}}, (8, 16))
-    yield refused("values/invalid-packed-thrice", "three levels of packed parts", "V4", entry(deep, (8, 16)), like=like)
+    yield refused(
+        "values/invalid-packed-thrice", "three levels of packed parts", "V4 L1", entry(deep, (8, 16)), like=like
+    )
     inner = {**INT, "scales": {**NESTED, "outside": True}}
-    yield refused("values/invalid-packed-outside", "a packed part that is outside", "V4 M2", entry(inner, (8, 16)), like=entry({**INT, "scales": NESTED}, (8, 16)))
+    yield refused(
+        "values/invalid-packed-outside",
+        "a packed part that is outside",
+        "V4 M2",
+        entry(inner, (8, 16)),
+        like=entry({**INT, "scales": NESTED}, (8, 16)),
+    )
     codec = {**INT, "scales": {"codec": "e9p"}}
     yield refused(
-        "values/invalid-packed-codec", "scales packed by an unknown codec", "V4 M3", entry(codec, (8, 16)), error="unsupported"
+        "values/invalid-packed-codec",
+        "scales packed by an unknown codec",
+        "V4 M3",
+        entry(codec, (8, 16)),
+        error="unsupported",
     )
     nested = np.full((1, 2), np.nan, np.float32)
     yield packed(
