@@ -54,6 +54,16 @@ def rounded(values: Array, dtype: str) -> Array:
         return values.astype(NUMPY[dtype]).astype(np.float32)
 
 
+def held(values: Array, dtype: str) -> Array:
+    """float32 values as a part of ``dtype`` can hold them, widened back. ``float8_e8m0fnu`` has neither a zero nor
+    signs: its smallest number, 2**-127, stands for all that is below.
+    """
+    if dtype == "float8_e8m0fnu":
+        values = np.maximum(values, np.float32(2.0**-127))
+    with np.errstate(over="ignore"):
+        return values.astype(NUMPY[dtype]).astype(np.float32)
+
+
 def _to_odd(values: Array) -> Array:
     """float64 -> float32 rounded to odd: ml_dtypes goes through float32 to reach bfloat16, and this keeps ties apart."""
     with np.errstate(over="ignore"):

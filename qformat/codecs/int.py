@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from .. import bits as fields
 from .. import blocks
-from ..dtypes import NUMPY, Array, Float, Scale, rounded
+from ..dtypes import NUMPY, Array, Float, Scale, held, rounded
 from ..errors import DamagedError, UnsupportedError
 from ..layout import Packed, Part, PartType
 from ..records import Record
@@ -95,13 +95,15 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     ``offsets`` both signs of the scale are tried: the integer range is not symmetric.
     """
     if params.groups or params.rounding != "none":
-        raise UnsupportedError("int params that can be encoded: no groups, rounding none")
+        raise UnsupportedError(
+            "no groups and rounding none when encoding", f"groups {params.groups}, rounding {params.rounding}"
+        )
     grouped = blocks.gather(weight.astype(np.float32), params.block, params.view)
     top = np.float32(2**params.bits - 1)
     best: dict[str, Array] = {}
     for candidate in _candidates(params, grouped, top):
         scale, zero, offset = candidate
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ideal = np.where(scale == 0, np.float32(0), (grouped - offset) / scale) + zero
         codes = np.clip(np.rint(ideal), 0, top).astype(np.float32)
         error = ((grouped - ((codes - zero) * scale + offset)) ** 2).sum(axis=0, dtype=np.float32)
@@ -120,6 +122,8 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
 
 def _candidates(params: Params, grouped: Array, top: np.float32) -> Any:
     """(scale, zero, offset) for each ratio: float32 [blocks], already rounded to what the parts can hold."""
+    if not 0 <= params.zero <= top:
+        raise UnsupportedError(f"a zero from 0 to {top:g} when encoding", f"{params.zero:g}")
     zeros = np.zeros(grouped.shape[1], np.float32)
     high, low = grouped.max(axis=0), grouped.min(axis=0)
     if params.zeros is None and params.offsets is None:
@@ -145,7 +149,7 @@ def _candidates(params: Params, grouped: Array, top: np.float32) -> Any:
 def _held(values: Array, dtype: PartType | None) -> Array:
     if not isinstance(dtype, str):
         raise UnsupportedError("parts with a dtype when encoding", "packed parts")
-    return values.astype(NUMPY[dtype]).astype(np.float32)
+    return held(values, dtype)
 
 
 def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -> None:

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from .. import bits as fields
 from .. import blocks, tables
-from ..dtypes import NUMPY, Array, Float, Scale, rounded
+from ..dtypes import NUMPY, Array, Float, Scale, held, rounded
 from ..errors import DamagedError, UnsupportedError
 from ..layout import Packed, Part
 from ..records import Record
@@ -106,11 +106,16 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     Lloyd's for the whole weight.
     """
     if params.rounding != "none" or params.view is not None:
-        raise UnsupportedError("table params that can be encoded: no view, rounding none")
+        raise UnsupportedError(
+            "no view and rounding none when encoding", f"view {params.view}, rounding {params.rounding}"
+        )
     weight = weight.astype(np.float32)
     if params.stored:
         if params.scales is not None or params.table_block != (-1, -1):
-            raise UnsupportedError("a stored table that can be encoded: one for the weight, without scales")
+            raise UnsupportedError(
+                "one stored table and no scales when encoding",
+                f"table_block {list(params.table_block)}, scales {params.scales}",
+            )
         table = _lloyd(weight.reshape(-1, params.p), 2**params.bits).astype(NUMPY[params.table])
         codes = nearest(weight.reshape(-1, params.p), table.astype(np.float32)).reshape(weight.shape[0], -1)
         return {"codes": fields.pack(codes, params.bits), "table": table[None, None]}
@@ -157,8 +162,7 @@ def candidates(params: Params, grouped: Array, table: Array) -> Array:
     reach = np.abs(grouped).max(axis=0) / np.abs(table).max()
     high = np.clip(reach, np.float32(1.5) * low, np.float32(3) * low)
     steps = (np.arange(STEPS) / (STEPS - 1)).astype(np.float32)[:, None]
-    scales: Array = (low + (high - low) * steps).astype(NUMPY[str(params.scales)]).astype(np.float32)
-    return scales
+    return held(low + (high - low) * steps, str(params.scales))
 
 
 def nearest(vectors: Array, table: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta
 
 from .. import blocks, tables
-from ..dtypes import NUMPY, Array, Scale
+from ..dtypes import NUMPY, Array, Scale, held
 from ..errors import DamagedError, UnsupportedError
 from ..layout import Packed, Part
 from ..records import Record
@@ -202,10 +202,7 @@ def gain(params: Params) -> float:
 def _scales(params: Params, weight: Array, table: Array) -> Array:
     grouped = blocks.gather(weight, params.block)
     spread = np.sqrt((grouped**2).mean(axis=0)) / np.sqrt((table**2).mean()) / gain(params)
-    out: Array = (
-        spread.reshape(blocks.grid(params.block, weight.shape)).astype(NUMPY[str(params.scales)]).astype(np.float32)
-    )
-    return out
+    return held(spread.reshape(blocks.grid(params.block, weight.shape)), str(params.scales))
 
 
 def _refit(params: Params, weight: Array, units: Array, scale: Array) -> Array:
@@ -213,7 +210,7 @@ def _refit(params: Params, weight: Array, units: Array, scale: Array) -> Array:
     target, found = blocks.gather(weight, params.block), blocks.gather(units, params.block)
     energy = (found**2).sum(axis=0)
     best = np.where(energy > 0, (target * found).sum(axis=0) / np.maximum(energy, 1e-30), scale.ravel())
-    return best.reshape(scale.shape).astype(NUMPY[str(params.scales)])
+    return held(best.reshape(scale.shape), str(params.scales)).astype(NUMPY[str(params.scales)])
 
 
 def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -> None:
