@@ -1,0 +1,260 @@
+"""An exported decoder: one layer of the bundled model with tied, packed embeddings, its weights in every codec."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import making
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from onnx.reference import ReferenceEvaluator
+
+import qformat
+from qformat import checkpoint, codecs
+from qformat.converters.quantize.weight import entry_of, pack
+from qformat.dtypes import Array
+from qformat.errors import DamagedError, UnsupportedError, UsageError
+from qformat.runtime.ort.export import FILE
+from qformat.runtime.ort.functions import DOMAIN, text
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples/tiny-llama"
+STREAMED = "optimization.constant_folding_max_output_size_in_bytes"
+CODECS = {  # a part of a weight's name -> how it is packed
+    "embed_tokens": ("int", 8, "none"),
+    "q_proj": ("int", 3, "none"),
+    "k_proj": ("int", 3, "none"),
+    "v_proj": ("table", 4, "none"),
+    "o_proj": ("table", 4, "hadamard"),
+    "gate_proj": ("trellis", 2, "hadamard"),
+    "up_proj": ("trellis", 2, "hadamard"),
+    "down_proj": ("trellis", 4, "hadamard"),
+}
+INT = {"codec": "int", "bits": 4, "block": [1, 16], "zero": 8}
+
+
+class Case(NamedTuple):
+    packed: Path
+    exported: Path
+    output: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    base = tmp_path_factory.mktemp("onnx")
+    packed, exported = packed_model(base / "packed"), base / "exported"
+    command = [sys.executable, "-m", "qformat", "export", str(packed), str(exported), "--json"]
+    return Case(packed, exported, subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+
+
+def packed_model(path: Path) -> Path:
+    """One layer, the head tied to the embedding."""
+    dense = checkpoint.open(TINY)
+    weights, rest = {}, {}
+    for name, tensor in dense.tensors.items():
+        layer, kind = name.partition("layers.")[2][:1], next((kind for kind in CODECS if kind in name), None)
+        if layer > "0" or name == "lm_head.weight":
+            continue
+        if kind is None:
+            rest[name] = dense.array(name)
+            continue
+        codec, bits, rotate = CODECS[kind]
+        term = {"codec": codec, **codecs.get(codec).preset(bits, rotate == "hadamard", {})}
+        weights[name] = pack(entry_of(name, tensor.shape, tensor.dtype, term, rotate), dense.array(name))
+    config = dense.config | {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    shutil.copy(TINY / "tokenizer.json", folder(path, weights, rest, config))
+    return path
+
+
+def folder(path: Path, weights: Any, dense: Any, config: dict[str, Any]) -> Path:
+    making.folder(path, weights, dense)
+    settings = json.loads((path / "config.json").read_text())[checkpoint.KEY]
+    (path / "config.json").write_text(json.dumps(config | {checkpoint.KEY: settings}))
+    return path
+
+
+class Text(NamedTuple):
+    """Token ids [2, 9]; the first three of row 0 are padding."""
+
+    ids: Array
+    mask: Array
+    position: Array
+
+    def feeds(self, start: int, stop: int, past: list[Array]) -> dict[str, Array]:
+        part = slice(start, stop)
+        return {
+            "input_ids": self.ids[:, part],
+            "position_ids": self.position[:, part],
+            "attention_mask": self.mask[:, :stop],
+            "past_key_values.0.key": past[0],
+            "past_key_values.0.value": past[1],
+        }
+
+
+@pytest.fixture(scope="module")
+def words() -> Text:
+    ids = np.random.default_rng(0).integers(0, 4096, (2, 9))
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    return Text(ids, mask, np.maximum(mask.cumsum(axis=1) - 1, 0))
+
+
+EMPTY = [np.zeros((2, 2, 0, 64), np.float32)] * 2
+
+
+def session(path: Path, **config: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(path / FILE, options, providers=["CPUExecutionProvider"])
+
+
+def exact_logits(packed: Path, words: Text) -> Array:
+    """From the decoded weights, in float64."""
+    opened = checkpoint.open(packed)
+    config = transformers.AutoConfig.from_pretrained(packed)
+    del config.quantization_config
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    arrays = {name: opened[name].decode() for name in opened} | {n: opened.array(n).astype(np.float64) for n in opened.dense}
+    state = {name: torch.from_numpy(array.astype(np.float64)) for name, array in arrays.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return logits(model, words)
+
+
+def logits(model: Any, words: Text) -> Array:
+    ids, mask, position = map(torch.from_numpy, words)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, position_ids=position).logits.numpy()  # type: ignore[no-any-return]
+
+
+def test_says_what_it_wrote_and_nothing_else(case: Case) -> None:
+    assert (case.output.returncode, case.output.stderr) == (0, "")
+    report = json.loads(case.output.stdout)
+    onnx_bytes = (case.exported / FILE).stat().st_size
+    assert report == {"path": str(case.exported), "onnx_bytes": onnx_bytes, "bytes": checkpoint.open(case.packed).nbytes}
+    assert onnx_bytes < 150_000  # the format allows 1 MB: a real model has thirty times the layers
+
+
+def test_the_folder_is_usable(case: Case) -> None:
+    assert (case.exported / "model.safetensors").samefile(case.packed / "model.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        assert (case.exported / name).read_bytes() == (case.packed / name).read_bytes()
+        assert not (case.exported / name).samefile(case.packed / name)
+    assert list(checkpoint.open(case.exported)) == list(checkpoint.open(case.packed))
+
+
+def test_weights_lie_in_the_shards_alone(case: Case) -> None:
+    opened = checkpoint.open(case.packed)
+    model = onnx.load(case.exported / FILE, load_external_data=False)
+    outside = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
+    assert set(outside) == set(opened.tensors)
+    for name, tensor in opened.tensors.items():
+        place = {"location": "model.safetensors", "offset": str(tensor.start), "length": str(tensor.nbytes)}
+        assert outside[name] == place
+    inside = [t for t in model.graph.initializer if not t.external_data]
+    assert max(t.ByteSize() for t in inside) < 300  # the inverse frequencies of the rotary embedding
+
+
+def test_nodes_name_their_weights(case: Case) -> None:
+    opened = checkpoint.open(case.packed)
+    model = onnx.load(case.exported / FILE, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    packed = {node.name: {attribute.name: attribute.s.decode() for attribute in node.attribute} for node in nodes}
+    found = [(name.partition("_")[0], attributes["weight"]) for name, attributes in packed.items()]
+    tied = "model.embed_tokens.weight"
+    assert sorted(found) == sorted([("Embedding", tied), *(("Linear", name) for name in opened)])
+    for name, attributes in packed.items():
+        assert attributes["entry"] == text(opened[attributes["weight"]].entry)
+        assert name == f"{name.partition('/')[0]}/{attributes['weight']}"
+    assert {node.op_type for node in nodes} == {function.name for function in model.functions}
+    assert len(model.functions) == 8  # the eight linear weights are packed in seven ways; the embedding is one more
+
+
+def test_inputs_and_outputs(case: Case) -> None:
+    model = session(case.exported)
+    new, cache = ["batch", "seq"], ["batch", 2, "past", 64]
+    assert {i.name: i.shape for i in model.get_inputs()} == {
+        **{"input_ids": new, "position_ids": new, "attention_mask": ["batch", "total"]},
+        **{"past_key_values.0.key": cache, "past_key_values.0.value": cache},
+    }
+    assert [o.name for o in model.get_outputs()] == ["logits", "present.0.key", "present.0.value"]
+    assert {i.type for i in [*model.get_inputs(), *model.get_outputs()]} == {"tensor(int64)", "tensor(float)"}
+
+
+def test_logits_are_those_of_torch(case: Case, words: Text) -> None:
+    """Without a past, with one of padding and text, token by token; each as near to float64 as torch's float32 is."""
+    exact = exact_logits(case.packed, words)
+    kept = words.mask.astype(bool)
+    bound = 4 * np.abs(logits(qformat.load(case.packed, dtype=torch.float32), words) - exact)[kept].max()
+    assert bound < 1e-5 * np.abs(exact).max()
+    model = session(case.exported)
+    whole, *_ = model.run(None, words.feeds(0, 9, EMPTY))
+    assert np.abs(whole - exact)[kept].max() < bound
+    for steps in ([0, 5, 9], [*range(10)]):
+        past, found = EMPTY, []
+        for start, stop in zip(steps, steps[1:], strict=False):
+            some, *past = model.run(None, words.feeds(start, stop, past))
+            assert past[0].shape == past[1].shape == (2, 2, stop, 64)
+            found.append(some)
+        assert np.abs(np.concatenate(found, axis=1) - exact)[kept].max() < bound
+
+
+def test_streamed_and_by_the_reference(case: Case, words: Text, tmp_path: Path) -> None:
+    """Decoded at every run, and by another runtime: the same up to float32 rounding."""
+    feeds = words.feeds(0, 9, EMPTY)
+    whole, *_ = session(case.exported).run(None, feeds)
+    streamed, *_ = session(case.exported, **{STREAMED: "65536"}).run(None, feeds)
+    copied = shutil.copytree(case.exported, tmp_path / "copied")  # onnx reads no file that has two links
+    onnx.checker.check_model(copied / FILE)
+    reference, *_ = ReferenceEvaluator(str(copied / FILE)).run(None, feeds)
+    for found in (streamed, reference):
+        assert np.abs(found - whole)[words.mask.astype(bool)].max() < 1e-5 * np.abs(whole).max()
+
+
+def test_a_missing_shard(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    shutil.copy(case.exported / FILE, tmp_path / "alone")
+    with pytest.raises(Exception, match="model.safetensors"):
+        session(tmp_path / "alone")
+    shutil.copy(case.packed / "config.json", tmp_path / "alone")
+    with pytest.raises(DamagedError, match="alone"):
+        qformat.export(tmp_path / "alone", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_tensor_and_a_misshapen_one(tmp_path: Path) -> None:
+    config = json.loads((TINY / "config.json").read_text()) | {"num_hidden_layers": 1}
+    tensors = {name: checkpoint.open(TINY).array(name) for name in ("model.norm.weight", "lm_head.weight")}
+    packed = {"model.embed_tokens.weight": making.packed(np.random.default_rng(0), making.entry((4096, 64), INT))}
+    with pytest.raises(DamagedError, match="model.layers.0.* a tensor that the model needs"):
+        qformat.export(folder(tmp_path / "missing", packed, tensors, config), tmp_path / "out")
+    config["num_hidden_layers"] = 0
+    with pytest.raises(DamagedError, match=r"embed_tokens.weight: .*\[4096, 256\], found \[4096, 64\]"):
+        qformat.export(folder(tmp_path / "misshapen", packed, tensors, config), tmp_path / "out")
+
+
+def test_what_is_refused(case: Case, tmp_path: Path) -> None:
+    moe = checkpoint.open(ROOT / "examples/tiny-moe")
+    experts = [name for name in moe.tensors if ".experts." in name]
+    packed = {n: making.packed(np.random.default_rng(0), making.entry(moe.tensors[n].shape, INT)) for n in experts}
+    rest = {name: moe.array(name) for name in moe.tensors if name not in packed}
+    with pytest.raises(UnsupportedError, match=str(moe.config["architectures"][0])):
+        qformat.export(folder(tmp_path / "moe", packed, rest, moe.config), tmp_path / "out")
+    with pytest.raises(UsageError, match="a qformat model"):
+        qformat.export(TINY, tmp_path / "out")
+    with pytest.raises(UsageError, match="float32 or float16"):
+        qformat.export(case.packed, tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(UsageError, match="does not exist"):
+        qformat.export(case.packed, case.exported)
