@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .trellis import Params
 
 MULTIPLIERS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}  # of EXL3 since 2025-10; a file may carry others
+FACTORS = (2654435769, 668265263)  # 2**32 over the golden ratio, and one of xxHash: they mix the bits of a state
 STORED = ("float16", "bfloat16", "float32", "int8")
 
 
@@ -140,22 +141,20 @@ def _hash(params: Params, s: Array, table: Array) -> Array:
 
 
 def initial_table(params: Params) -> Array:
-    """A table to encode with where the weight stores its own: Gaussian quantiles in an order that mixes the state's
-    bits.
+    """A table to encode with where the weight stores its own: Gaussian quantiles, each of the V values in an order of
+    its own that mixes the state's bits.
 
-    For ``hash`` and ``hyb`` the named table is the better start; it is copied.
+    Raises :class:`DamagedError` for ``hash`` and ``hyb``, for which there are named tables.
     """
     assert params.table is not None
     if params.code != "table":
         raise DamagedError("a named table when encoding with code " + params.code, params.table)
-    count = 2**params.L * params.V
-    order = np.argsort(
-        np.arange(count, dtype=np.uint32) * np.uint32(2654435769) ^ np.arange(count, dtype=np.uint32) >> 7
-    )
-    quantiles = np.array([NormalDist().inv_cdf((k + 0.5) / count) for k in range(count)], np.float32)
-    scale = np.float32(127 / 4.5) if params.table == "int8" else np.float32(1)
-    level = quantiles[order] * scale
-    return (np.rint(level) if params.table == "int8" else level).astype(NUMPY[params.table]).reshape(-1, params.V)
+    s = np.arange(2**params.L, dtype=np.uint32)
+    quantiles = np.array([NormalDist().inv_cdf((k + 0.5) / len(s)) for k in range(len(s))], np.float32)
+    orders = [np.argsort(s * np.uint32(factor) ^ s >> 7) for factor in FACTORS[: params.V]]
+    levels = np.stack([quantiles[order] for order in orders], axis=1)
+    table: Array = np.rint(levels * np.float32(127 / 4.5)) if params.table == "int8" else levels
+    return table.astype(NUMPY[params.table])
 
 
 HASHES: dict[int, dict[str, Any]] = {  # bits -> shift, taps and table, found together (`bench/train_hash.py`)

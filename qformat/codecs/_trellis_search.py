@@ -53,7 +53,7 @@ def _pass(L: int, targets: Array, widths: Array, values: Array, seam: Array | No
             here.reshape(tiles, 1 << before, -1) + cost[:, None]
         )  # a state's low L - before bits are the q it came from
         here = here.reshape(tiles, -1, 1 << widths[u])  # its low bits are those that the step leaves behind
-        choice.append(here.argmin(axis=-1).astype(np.uint8))
+        choice.append(here.argmin(axis=-1).astype(np.uint16))
         cost, before = here.min(axis=-1), widths[u]
     q = cost.argmin(axis=-1) if seam is None else seam
     states = np.empty((tiles, steps), np.uint16)
