@@ -95,6 +95,8 @@ class Checkpoint(Mapping[str, PackedWeight]):
         """Tensor name -> the weight that it is a part of; a name that two weights claim is an error."""
         out: dict[str, str] = {}
         for name in self:
+            if name in self.tensors:
+                raise DamagedError("a packed weight stored once", "a dense tensor too", file=self.path, weight=name)
             for part in self._layout(name):
                 tensor = f"{name}_{part.name}"
                 if tensor in out or tensor in self._entries:

@@ -54,5 +54,6 @@ def _extra_parts(opened: Checkpoint) -> None:
     weights = set(opened)
     for name in opened.dense:
         for i, letter in enumerate(name):
-            if letter == "_" and name[:i] in weights:
+            # no part is called bias, so that `experts.down_proj_bias` is a tensor of its own
+            if letter == "_" and name[:i] in weights and name[i + 1 :] != "bias":
                 raise DamagedError("no part that the layout lacks", name, file=opened.file_of(name), weight=name[:i])

@@ -80,6 +80,10 @@ def _parts() -> Iterator[Draft]:
     yield bad("part-short", "codes that are a byte short", "P2", {**whole, f"{NAME}_codes": codes[:, :-1].copy()})
     other = {**item, "weights": [f"{NAME}_codes"]}
     both = {**whole, **{f"{NAME}_codes_{part}": array for part, array in fill("manifest/other", item).items()}}
+    bias = {**whole, f"{NAME}_bias": np.zeros(SHAPE[0], np.float16)}
+    yield with_tensors("manifest/bias", "a tensor of its own whose name begins like a part's", "P3", bias, [item])
+    dense = {**whole, NAME: np.zeros(SHAPE, np.float16)}
+    yield bad("weight-dense-too", "a tensor with the name of a packed weight", "P3", dense)
     yield bad("part-is-weight", "a weight has the name of another one's part", "P3", both, [item, other])
 
 
