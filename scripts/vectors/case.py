@@ -37,6 +37,7 @@ class Draft:
     entries: tuple[dict[str, Any], ...] = ()
     tolerance: float = 0
     slices: tuple[dict[str, Any], ...] = ()
+    values: Array | None = None  # of the only weight, where they do not come from the reference decoder
 
 
 @dataclass
@@ -126,6 +127,7 @@ def packed(
     error: str | None = None,
     slices: Iterable[tuple[int, int, int] | tuple[int, int, int, str]] = (),
     tolerance: float = 0,
+    values: Array | None = None,
     **keys: Any,
 ) -> Draft:
     """A case with one weight, whose layout is that of its entry; parts are drawn where none are given."""
@@ -142,6 +144,7 @@ def packed(
         entries=(item,),
         tolerance=tolerance,
         slices=tuple(cuts),
+        values=values,
     )
 
 
@@ -187,10 +190,12 @@ def write_file(path: Path, tensors: Mapping[str, Array], items: list[dict[str, A
 
 
 def make(draft: Draft, folder: Path) -> None:
-    """Write all files of a case; what is expected comes from the reference decoder."""
+    """Write all files of a case; what is expected comes from the reference decoder, unless the draft brings it."""
     folder.mkdir(parents=True)
     draft.write(folder)
-    if draft.group != "invalid":
+    if draft.values is not None:
+        write_file(folder / "expected.safetensors", {NAME: draft.values}, None)
+    elif draft.group != "invalid":
         _expect(folder)
     facts: dict[str, Any] = {"what": draft.what, "group": draft.group, "rules": list(draft.rules)}
     facts |= {"error": draft.error} if draft.error else {}

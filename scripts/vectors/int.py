@@ -9,6 +9,7 @@ import numpy as np
 
 from qformat.dtypes import NUMPY
 
+from . import foreign
 from .case import Draft, entry, packed, refused
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -26,6 +27,7 @@ def drafts() -> Iterator[Draft]:
     yield from _blocks()
     yield from _rounding()
     yield from _invalid()
+    yield from foreign.drafts("int")
 
 
 def example() -> Draft:

@@ -9,6 +9,7 @@ import numpy as np
 
 from qformat import tables
 
+from . import foreign
 from .case import Draft, entry, packed, refused
 
 
@@ -26,6 +27,7 @@ def drafts() -> Iterator[Draft]:
     yield from _stored()
     yield from _scales()
     yield from _invalid()
+    yield from foreign.drafts("table")
 
 
 def example() -> Draft:

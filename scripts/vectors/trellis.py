@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import foreign
 from .case import WIDE, Draft, entry, packed, refused
 
 ROWS = "c0 c1 c2 c3 r0 r1 r2 r3"  # row-major
@@ -38,6 +39,7 @@ def drafts() -> Iterator[Draft]:
     yield from _places()
     yield from _scales()
     yield from _invalid()
+    yield from foreign.drafts("trellis")
 
 
 def example() -> Draft:
