@@ -6,6 +6,7 @@ A stream is qformat's own order of bits (:mod:`qformat.bits`), since the words a
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from qformat import bits as fields
 from qformat.dtypes import Array
 
 BLOCK = 32  # codes of b bits fill exactly b words, whatever b is
+CHUNK = 1 << 12  # blocks whose planes are joined at a time: stays in the cache
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # widths, low plane first; 2, 4 and 8 bits are a stream
 
 
@@ -24,29 +26,49 @@ def sizes(count: int, bits: int) -> set[int]:
 
 def unpack(words: Array, bits: int, count: int, planar: bool) -> Array:
     """int32 [rows, words] -> codes, uint8 [rows, count]."""
-    words = np.ascontiguousarray(words)
-    if not planar or bits not in PLANES:
-        return fields.unpack(words.view(np.uint8), bits, count)
-    blocked = words.reshape(len(words), -1, bits)
-    codes = np.zeros((*blocked.shape[:2], BLOCK), np.uint8)
-    word = shift = 0
-    for width in PLANES[bits]:
-        plane = np.ascontiguousarray(blocked[..., word : word + width]).view(np.uint8)
-        codes |= fields.unpack(plane, width, BLOCK) << shift
-        word, shift = word + width, shift + width
-    return codes.reshape(len(words), -1)[:, :count]
+    codes = _stream(np.ascontiguousarray(words), bits, planar)
+    return fields.unpack(codes[:, : fields.row_bytes(count, bits)], bits, count)
 
 
 def repack(words: Array, bits: int, count: int, planar: bool) -> Array:
     """int32 [words, columns], packed down the columns -> uint8 [columns, row bytes], qformat's codes of each column."""
-    across = transposed(words)
-    if planar and bits in PLANES:
-        return fields.pack(unpack(across, bits, count, planar), bits)
-    codes: Array = across.view(np.uint8)[:, : fields.row_bytes(count, bits)]
+    codes = _stream(transposed(words), bits, planar)[:, : fields.row_bytes(count, bits)]
     if spare := count * bits % 8:  # what lies beyond the last code is not defined
         codes = codes.copy()
         codes[:, -1] &= (1 << spare) - 1
     return codes
+
+
+def _stream(words: Array, bits: int, planar: bool) -> Array:
+    """int32 [rows, words] -> uint8 [rows, 4 * words]: a stream as it is, planes brought together."""
+    if not planar:
+        return words.view(np.uint8)
+    blocks = words.view(np.uint8).reshape(-1, 4 * bits)
+    out = np.empty((len(blocks), BLOCK // 8, bits), np.uint8)
+    for start in range(0, len(blocks), CHUNK):
+        out[start : start + CHUNK] = _joined(blocks[start : start + CHUNK], bits)
+    return out.reshape(len(words), -1)
+
+
+def _joined(blocks: Array, bits: int) -> Array:
+    """Planes of 32 codes, uint8 [blocks, 4 * bits] -> streams of 8 codes, uint8 [blocks, 4, bits]."""
+    eight = np.zeros((len(blocks), BLOCK // 8), np.uint64)
+    start = shift = 0
+    for width in PLANES[bits]:
+        plane = blocks[:, start : start + 4 * width].reshape(*eight.shape, width)
+        for byte in range(width):
+            eight |= _spread(width, bits)[plane[..., byte]] << np.uint64(shift + byte * (8 // width) * bits)
+        start, shift = start + 4 * width, shift + width
+    return eight.view(np.uint8).reshape(*eight.shape, 8)[..., :bits]
+
+
+@functools.cache
+def _spread(width: int, bits: int) -> Array:
+    """For each byte of a plane, its fields of ``width`` bits set ``bits`` apart: uint64 [256]."""
+    byte, mask = np.arange(256, dtype=np.uint64), np.uint64((1 << width) - 1)
+    return np.bitwise_or.reduce(
+        [(byte >> np.uint64(k * width) & mask) << np.uint64(k * bits) for k in range(8 // width)]
+    )
 
 
 def transposed(matrix: Array, tile: int = 16) -> Array:

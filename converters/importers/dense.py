@@ -9,28 +9,17 @@ from ..plan import Plan, passed
 from . import _common as common
 
 NAME = "dense"
-PACKED_NAMES = (
-    "qweight",
-    "qzeros",
-    "trellis",
-    "weight_packed",
-    "codes",
-    "Qidxs",
-    "B",
-)  # last components that no float model has
+PACKED_NAMES = {"qweight", "qzeros", "trellis", "weight_packed", "codes", "Qidxs", "B", "_data"}  # no float model's
 
 
 def detect(source: Checkpoint) -> str:
-    if source.settings is not None:
+    if source.settings is not None or common.method(source):
         return ""
     packed = [name for name in source.tensors if name.rpartition(".")[2] in PACKED_NAMES]
-    if packed and next(common.settings(source), None) is not None:
-        return ""
-    if packed:
-        raise DamagedError(
-            "float tensors, as no quantization settings were found", packed[0], file=source.file_of(packed[0])
-        )
-    return "no quantization settings, no packed tensors"
+    if packed and next(common.settings(source), None) is None:
+        expected = "float tensors, as no quantization settings were found"
+        raise DamagedError(expected, packed[0], file=source.file_of(packed[0]))
+    return "" if packed else "no quantization settings, no packed tensors"
 
 
 def plan(source: Checkpoint) -> Plan:
