@@ -21,7 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qformat import manifest
+from qformat import checkpoint, manifest
 from qformat.errors import DamagedError, QformatError, UnsupportedError, UsageError
 from qformat.kernels import native
 from qformat.manifest import Entry, Manifest
@@ -31,8 +31,10 @@ from qformat.weight import check_parts, layout
 from .pytorch import modules, ops
 from .pytorch.modules import Packed
 from .pytorch.prepared import Prepared, entry_of, one_of, one_of_stack, prepared
+from .pytorch.tensor import Joined, PackedTensor
 
 logger = logging.getLogger("qformat")
+PackedTensor._is_hf_initialized = Joined._is_hf_initialized = True  # what transformers' initializers go by
 
 
 def load(
@@ -41,14 +43,17 @@ def load(
     """A transformers model whose weights stay packed, in eval mode.
 
     ``path`` is a folder or a name on the Hub; ``dtype`` that of activations and dense weights, by default the config's.
-    Raises :class:`UsageError` where the model is not packed by qformat, :class:`DamagedError` naming the tensor where one
-    is missing, misshapen or unknown to the model.
+    Raises :class:`UsageError` where the model is not packed by qformat, :class:`DamagedError` naming the tensor where
+    one is missing, misshapen or unknown to the model.
     """
     ops.check_activations(activations)
+    folder = Path(path)
+    if folder.exists() or folder.is_absolute():  # else a name on the Hub
+        if not folder.is_dir():
+            raise UsageError("a model folder", "a file" if folder.exists() else "none", file=path)
+        if checkpoint.open(folder).manifest is None:
+            raise _another(path)
     config = transformers.AutoConfig.from_pretrained(path)
-    settings = getattr(config, "quantization_config", None)
-    if not isinstance(settings, Mapping) or settings.get("quant_method") != manifest.METHOD:
-        raise UsageError("a qformat model", "another", file=path, hint="`qformat convert` or `qformat quantize` makes one")
     kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
     model, info = kind.from_pretrained(
         path,
@@ -57,6 +62,8 @@ def load(
         ignore_mismatched_sizes=True,  # they are reported here, by name
         output_loading_info=True,
     )
+    if not isinstance(getattr(model, "hf_quantizer", None), QformatQuantizer):
+        raise _another(path)
     for name, found, expected in info["mismatched_keys"]:
         raise DamagedError(f"shape {list(expected)}", str(list(found)), file=path, weight=name)
     for name in sorted(info["missing_keys"]):
@@ -64,6 +71,10 @@ def load(
     for name in sorted(info["unexpected_keys"]):
         raise DamagedError("only tensors that the model has a place for", "another", file=path, weight=name)
     return model.eval()
+
+
+def _another(path: str | Path) -> UsageError:
+    return UsageError("a qformat model", "another", file=path, hint="`qformat quantize` and `qformat convert` make one")
 
 
 @register_quantization_config(manifest.METHOD)
@@ -84,7 +95,7 @@ class QformatConfig(QuantizationConfigMixin):
 
 @register_quantizer(manifest.METHOD)
 class QformatQuantizer(HfQuantizer):
-    """Packs the modules that the manifest names before their tensors are loaded, by name and shape, and checks after."""
+    """Packs what the manifest names before its tensors are loaded; checks, before and after, that none is lacking."""
 
     is_trainable = True  # of what is dense: adapters
     is_compileable = True
@@ -120,7 +131,8 @@ class QformatQuantizer(HfQuantizer):
         for path, module in _packed(model):
             for name, parameter in module.named_parameters(recurse=False):
                 if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):  # meta: left on disk
-                    raise DamagedError("a tensor that was loaded", "none", file=model.name_or_path, weight=f"{path}.{name}")
+                    where = {"file": model.name_or_path, "weight": f"{path}.{name}"}
+                    raise DamagedError("a tensor that was loaded", "none", **where)
             for name in module.part_names():
                 module.get_parameter(name).requires_grad_(False)
         _prepare(model)
@@ -145,8 +157,8 @@ def _packed(model: nn.Module) -> list[tuple[str, Packed]]:
 
 
 def _checked(described: Manifest, files: Sequence[str] | None) -> dict[str, Entry]:
-    """The entry of every packed weight. Raises :class:`DamagedError` unless the files hold its parts, in dtype and shape:
-    what they lack would become random numbers, and another dtype would be cast without a word.
+    """The entry of every packed weight. Raises :class:`DamagedError` unless the files hold its parts, in dtype and
+    shape: what they lack would become random numbers, and another dtype would be cast without a word.
     """
     shards = [Shard(Path(file)) for file in files or ()]
     where = {tensor: shard for shard in shards for tensor in shard.tensors}
@@ -201,9 +213,7 @@ class _Places:
         for path in self.dense:
             parent, _, name = path.rpartition(".")
             if f".{path}".endswith("." + fused.lstrip(".")):
-                module = self.model.get_submodule(parent)
-                modules.unfuse(module, name, leaves)
-                module._is_hf_initialized = True
+                modules.unfuse(self.model.get_submodule(parent), name, leaves)
 
     def pack(self, path: str, entry: Entry) -> bool:
         """False where the model has no such parameter; transformers then reports the tensors as unexpected."""
@@ -215,7 +225,6 @@ class _Places:
         if module._parameters.get(name) is None:
             return False
         modules.pack(module, name, entry)
-        module._is_hf_initialized = True  # or transformers would fill the weight with random numbers
         self.entries[path] = entry
         return True
 

@@ -155,9 +155,7 @@ class Sum(Matrix):
 
 # (device, codec) -> the kinds that can hold it, best first; any other device: Reference
 MATRICES: dict[tuple[str, str], tuple[type[Matrix], ...]] = {
-    (device, codec): (kind, Reference)
-    for device, kind in (("cpu", Native), ("cuda", Triton))
-    for codec in codecs.NAMES
+    (device, codec): (kind, Reference) for device, kind in (("cpu", Native), ("cuda", Triton)) for codec in codecs.NAMES
 }
 
 
@@ -189,5 +187,6 @@ def array(tensor: Tensor) -> Array:
     dtype = NUMPY[str(tensor.dtype).removeprefix("torch.")]
     if dtype.isbuiltin == 1:
         return tensor.numpy()
-    bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]  # bfloat16 and the float8 types: torch does not hand them over
+    # bfloat16 and the types of 8 bits, which torch does not hand over by itself
+    bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
     return tensor.view(bits).numpy().view(dtype)

@@ -107,16 +107,15 @@ def _class(kind: type[nn.Module], name: str, simple: bool) -> type[nn.Module]:
     return type(kind.__name__, bases, {name: _shown(name), "__module__": kind.__module__})
 
 
-def unpack(module: nn.Module) -> None:
+def unpack(module: Packed) -> None:
     """Undo :func:`pack`: the decoded weights as ordinary parameters, in the dtypes that they showed."""
-    if not isinstance(module, Packed):
-        return
-    for name in list(module.packed):
-        dense = getattr(module, name).decode()
-        for part in module.packed.pop(name).parts:
-            del module._parameters[part]
-        module.__class__ = next(kind for kind in type(module).__mro__ if name not in vars(kind) and kind is not Packed)
-        module.register_parameter(name, nn.Parameter(dense, requires_grad=dense.is_floating_point()))
+    dense = {name: getattr(module, name).decode() for name in module.packed}
+    for part in module.part_names():
+        del module._parameters[part]
+    module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, Packed))
+    del module.packed
+    for name, value in dense.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def unfuse(module: nn.Module, name: str, leaves: Sequence[str]) -> None:
@@ -137,7 +136,8 @@ def unfuse(module: nn.Module, name: str, leaves: Sequence[str]) -> None:
 
 @functools.cache
 def _unfused_class(kind: type[nn.Module], name: str, leaves: tuple[str, ...]) -> type[nn.Module]:
-    return type(kind.__name__, (kind,), {name: property(lambda self: Joined(self, leaves)), "__module__": kind.__module__})
+    joined = property(lambda self: Joined(self, leaves))
+    return type(kind.__name__, (kind,), {name: joined, "__module__": kind.__module__})
 
 
 def linear(packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -51,9 +51,10 @@ def embedding(rows: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
     flat = rows.reshape(-1).long()
     if flat.numel() == 0:
         return torch.empty(*rows.shape, into, device=rows.device)
-    if rows.device.type == "cpu" and not 0 <= int(flat.min()) <= int(flat.max()) < out:  # elsewhere it would wait for it
+    # on other devices to look at the numbers would be to wait for them
+    if rows.device.type == "cpu" and not 0 <= int(flat.min()) <= int(flat.max()) < out:
         raise IndexError(f"rows from 0 to {out - 1} expected, {int(flat.min())} to {int(flat.max())} found")
-    return prepared(parts, spec).take(flat).reshape(*rows.shape, into)
+    return prepared(parts, spec).take(flat).reshape(*rows.shape, into).contiguous()
 
 
 def dequantize(parts: Sequence[Tensor], spec: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""``prepared``: a packed matrix made ready for its device, from the tensors and the text that the operators are given."""
+"""``prepared``: a packed matrix made ready for its device, from the tensors and the text that operators are given."""
 
 from __future__ import annotations
 
