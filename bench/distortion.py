@@ -22,13 +22,15 @@ from qformat.codecs import get, read_params
 from qformat.converters.quantize.weight import encoder
 from qformat.kernels import native
 
-HASH32 = {"shift": 7, "taps": [0, 3, 5, 12], "index": [3, 2], "table": "hash-32-L14", "L": 14, "code": "hash"}
+HASH32 = {"shift": 7, "taps": [0, 3, 5, 12], "index": [3, 2], "table": "hash-32", "L": 14, "code": "hash"}
+ONE = {"block": [-1, -1], "scales": "float16"}
 CASES = {  # name: codec, bits, settings, bound
     "int-2": ("int", 2, {}, None),
-    "table-lloyd-2": ("table", 2, {"bits": 2, "p": 1, "table": "gauss-p1-n4"}, 0.1178),
-    "table-lloyd-3": ("table", 3, {"bits": 3, "p": 1, "table": "gauss-p1-n8"}, None),
-    "table-lloyd-4": ("table", 4, {"bits": 4, "p": 1, "table": "gauss-p1-n16"}, None),
-    "table-p2-4": ("table", 4, {"bits": 8, "p": 2, "table": "higgs-p2-n256", "block": [-1, -1]}, 0.0078),
+    "table-lloyd-2": ("table", 2, {"bits": 2, "p": 1, "table": "gauss-p1-n4", **ONE}, 0.1178),
+    "table-lloyd-3": ("table", 3, {"bits": 3, "p": 1, "table": "gauss-p1-n8", **ONE}, None),
+    "table-lloyd-4": ("table", 4, {"bits": 4, "p": 1, "table": "gauss-p1-n16", **ONE}, None),
+    "table-lloyd-4-blocks": ("table", 4, {}, None),
+    "table-p2-4": ("table", 4, {"bits": 8, "p": 2, "table": "higgs-p2-n256", **ONE}, 0.0078),
     "table-p4-2": ("table", 2, {}, None),
     "hash-2": ("trellis", 2, {}, 0.0735),
     "hash-3": ("trellis", 3, {}, 0.0187),

@@ -50,9 +50,8 @@ def lloyd(p: int, n: int, samples: int = 1 << 19, rounds: int = 60) -> np.ndarra
 
 def dump(folder: Path, name: str, what: str, entries: np.ndarray) -> None:
     rows = ",\n  ".join(json.dumps([float(v) for v in row]) for row in entries.astype(np.float32))
-    (folder / f"{name}.json").write_text(
-        f'{{"what": {json.dumps(what)},\n "source": "bench/make_tables.py",\n "dtype": "float32",\n "entries": [\n  {rows}]}}\n'
-    )
+    about = f'{{"what": {json.dumps(what)},\n "source": "bench/make_tables.py",\n "dtype": "float32",\n'
+    (folder / f"{name}.json").write_text(f'{about} "entries": [\n  {rows}]}}\n')
 
 
 def main() -> None:

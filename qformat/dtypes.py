@@ -65,7 +65,7 @@ def held(values: Array, dtype: str) -> Array:
 
 
 def _to_odd(values: Array) -> Array:
-    """float64 -> float32 rounded to odd: ml_dtypes goes through float32 to reach bfloat16, and this keeps ties apart."""
+    """float64 -> float32 rounded to odd: ml_dtypes goes through float32 to reach bfloat16; this keeps ties apart."""
     with np.errstate(over="ignore"):
         near = values.astype(np.float32)
     inexact = near != values

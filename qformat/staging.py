@@ -15,8 +15,8 @@ from .errors import SurroundingsError, UsageError
 def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside ``target`` that takes its place when the block ends well, and goes when it does not.
 
-    Raises :class:`UsageError` where the target exists and ``overwrite`` is not given, :class:`SurroundingsError` for what
-    the system refuses within the block.
+    Raises :class:`UsageError` where the target exists and ``overwrite`` is not given, :class:`SurroundingsError` for
+    what the system refuses within the block.
     """
     if target.exists() and not overwrite:
         raise UsageError("a target that does not exist", "one that does", file=target, hint="--overwrite replaces it")

@@ -21,7 +21,7 @@ from .manifest import Entry, Term
 
 
 def matrix_shape(entry: Entry) -> tuple[int, int]:
-    """The stored matrix that codecs see, ``(out, in)``: padded, transposed back, all that follows out taken together."""
+    """The stored matrix that codecs see, ``(out, in)``: padded, transposed back, all axes after out as one."""
     rows, *rest = (entry.stored_shape or entry.shape)[entry.stack :]
     cols = math.prod(rest)
     return (cols, rows) if entry.transposed else (rows, cols)

@@ -65,7 +65,7 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     names = ("scales", "zeros", "offsets")
     kept = {name: np.empty(number, np.float32) for name in names}
     for here in native.stretches(number):
-        tried = zip(*codec._candidates(params, grouped[:, here], top), strict=True)
+        tried = zip(*codec.candidates(params, grouped[:, here], top), strict=True)
         tables = {name: np.stack(values) for name, values in zip(names, tried, strict=True)}
         native.call(
             *("qf_int_search", grouped[:1, here], n, here.stop - here.start, number, len(tables["scales"])),

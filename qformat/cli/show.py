@@ -51,12 +51,8 @@ def _summary(report: Report) -> None:
     if coverage:
         left = coverage["left_out"]
         names = f": {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}" if left else ""
-        console.print(
-            escape(
-                f"source tensors: {coverage['tensors']} = {coverage['consumed']} consumed + {coverage['passed']} passed through"
-                f" + {len(left)} left out{names}"
-            )
-        )
+        ends = f"{coverage['consumed']} consumed + {coverage['passed']} passed through + {len(left)} left out{names}"
+        console.print(escape(f"source tensors: {coverage['tensors']} = {ends}"))
 
 
 def _files(report: Report) -> None:

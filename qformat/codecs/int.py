@@ -101,7 +101,7 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     grouped = blocks.gather(weight.astype(np.float32), params.block, params.view)
     top = np.float32(2**params.bits - 1)
     best: dict[str, Array] = {}
-    for candidate in _candidates(params, grouped, top):
+    for candidate in candidates(params, grouped, top):
         scale, zero, offset = candidate
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ideal = np.where(scale == 0, np.float32(0), (grouped - offset) / scale) + zero
@@ -120,7 +120,7 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     return parts
 
 
-def _candidates(params: Params, grouped: Array, top: np.float32) -> Any:
+def candidates(params: Params, grouped: Array, top: np.float32) -> Any:
     """(scale, zero, offset) for each ratio: float32 [blocks], already rounded to what the parts can hold."""
     if not 0 <= params.zero <= top:
         raise UnsupportedError(f"a zero from 0 to {top:g} when encoding", f"{params.zero:g}")

@@ -20,7 +20,7 @@ from ..records import Record
 
 NAME = "table"
 STEPS = 24  # scales that `encode` tries for each block
-CHUNK = 1 << 16  # vectors searched at a time: bounds the memory of the nearest-entry search
+SEARCHED = 1 << 24  # products of vectors and entries held at a time: bounds the memory of the search
 
 
 class Params(Record, frozen=True, kw_only=True):
@@ -172,8 +172,10 @@ def nearest(vectors: Array, table: Array) -> Array:
         levels = table[order, 0]
         return order[np.searchsorted((levels[1:] + levels[:-1]) / 2, vectors[:, 0])].astype(np.uint16)
     half = (table**2).sum(axis=1) / 2
-    found = [np.argmax(part @ table.T - half, axis=1) for part in np.array_split(vectors, -(-len(vectors) // CHUNK))]
-    return np.concatenate(found).astype(np.uint16)
+    parts = np.array_split(vectors, max(1, len(vectors) * len(table) // SEARCHED))
+    # products added one by one and not by a matrix product, whose order differs from machine to machine
+    likeness = (sum(part[:, k, None] * table[:, k] for k in range(table.shape[1])) - half for part in parts)
+    return np.concatenate([one.argmax(axis=1) for one in likeness]).astype(np.uint16)
 
 
 def _lloyd(vectors: Array, entries: int, rounds: int = 30) -> Array:

@@ -167,7 +167,7 @@ def decode(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
 
 
 def encode(params: Params, weight: Array, path: search.Search = search.viterbi) -> dict[str, Array]:
-    """float32 [out, in] in whole tiles -> parts. ``path`` finds the states; scales are fitted to the path afterwards."""
+    """float32 [out, in] in whole tiles -> parts. ``path`` finds the states; scales are fitted to it afterwards."""
     if params.scales is not None and not isinstance(params.scales, str):
         raise UnsupportedError("parts with a dtype when encoding", "packed parts")
     weight = weight.astype(np.float32)
@@ -192,11 +192,11 @@ def encode(params: Params, weight: Array, path: search.Search = search.viterbi) 
 
 
 def gain(params: Params) -> float:
-    """What a source is divided by, times its root mean square over the table's: a finer trellis wants more of its
-    reach. Measured on Gaussian samples (`bench/distortion.py`).
+    """The root mean square that a source is brought to, in units of the table's: a finer trellis wants more of the
+    table's reach, a small table less of it. Measured on Gaussian samples (`bench/distortion.py`).
     """
-    mean = float(np.mean(params.bits))
-    return 1.0 if mean <= 2 else max(0.8, 1.0 - 0.05 * (mean - 2))
+    above = float(np.mean(params.bits)) - 2
+    return 0.94 - 0.045 * above if params.code == "hash" else min(1.0, max(0.8, 1.0 - 0.05 * above))
 
 
 def _scales(params: Params, weight: Array, table: Array) -> Array:
