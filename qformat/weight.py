@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -73,7 +74,18 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _decode_term(term: Term, shape: tuple[int, int], parts: Mapping[str, Array], prefix: str) -> Array:
+# (codec, params, shape, parts) -> float32 [out, in], as the codec's own ``decode``
+Decoder = Callable[[codecs.Codec, Any, tuple[int, int], Mapping[str, Array]], Array]
+
+
+def reference(codec: codecs.Codec, params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> Array:
+    """The decoder that defines what is right."""
+    return codec.decode(params, shape, parts)
+
+
+def _decode_term(
+    term: Term, shape: tuple[int, int], parts: Mapping[str, Array], prefix: str, decoder: Decoder
+) -> Array:
     """One term of one matrix, packed parts decoded first: float32 [out, in]."""
     codec, params = codecs.read_params(term)
     arrays = {}
@@ -82,19 +94,22 @@ def _decode_term(term: Term, shape: tuple[int, int], parts: Mapping[str, Array],
         if isinstance(part.dtype, str):
             arrays[part.name] = parts[name]
         else:
-            arrays[part.name] = _decode_term(dict(part.dtype), _flat(part.shape), parts, name + "_").reshape(part.shape)
+            inner = _decode_term(dict(part.dtype), _flat(part.shape), parts, name + "_", decoder)
+            arrays[part.name] = inner.reshape(part.shape)
     codec.check(params, shape, arrays)
-    return codec.decode(params, shape, arrays)
+    return decoder(codec, params, shape, arrays)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, which `check` names
-def decode_matrix(entry: Entry, parts: Mapping[str, Array], rotated: bool = False) -> Array:
+def decode_matrix(
+    entry: Entry, parts: Mapping[str, Array], rotated: bool = False, decoder: Decoder = reference
+) -> Array:
     """One matrix (no stack) -> float32 [out, in] as codecs see it, padding included."""
     shape = matrix_shape(entry)
     stored: Array | None = None
     outside = []
     for prefix, term, is_outside in _terms(entry):
-        value = _decode_term(term, shape, parts, prefix)
+        value = _decode_term(term, shape, parts, prefix, decoder)
         if is_outside:
             outside.append(value)
         else:
@@ -137,7 +152,7 @@ class PackedWeight:
     def codec(self) -> str:
         return "+".join(str(term["codec"]) for term in self.entry.terms)
 
-    def decode(self, rotated: bool = False) -> Array:
+    def decode(self, rotated: bool = False, decoder: Decoder = reference) -> Array:
         """float32 [shape] in the model's basis; ``rotated``: the matrix as stored, [stack..., out, in], padding
         included.
 
@@ -146,7 +161,7 @@ class PackedWeight:
         try:
             lead = self.shape[: self.entry.stack]
             matrices = [
-                decode_matrix(self.entry, {part: array[at] for part, array in self.parts.items()}, rotated)
+                decode_matrix(self.entry, {part: array[at] for part, array in self.parts.items()}, rotated, decoder)
                 for at in itertools.product(*map(range, lead))
             ]
         except QformatError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qformat import codecs as registry
 from qformat import tables
+from qformat.weight import PackedWeight
 
 PACKAGES = ("numpy", "torch", "transformers", "triton", "onnx", "onnxruntime", "huggingface-hub", "vllm", "sglang")
 BUYS = {
@@ -77,7 +78,8 @@ def _version(package: str) -> str | None:
 
 def conformance() -> dict[str, Any]:
     from qformat import conformance as vectors
+    from qformat.kernels.decoders import decoders
 
-    rows = vectors.run()
+    rows = vectors.run({vectors.REFERENCE: PackedWeight.decode, **decoders()})
     counts = {kind: sum(row["result"] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
     return {**counts, "cases": rows}

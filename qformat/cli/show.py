@@ -124,12 +124,14 @@ def _yes(value: bool) -> str:
 
 
 def conformance(report: Report) -> None:
-    table = _table("case", "codec", "decoder", "result")
+    counts = Counter((row["codec"] or "-", row["decoder"], row["result"]) for row in report["cases"])
+    table = _table("codec", "decoder", "passed", "failed", "skipped", right=3)
+    for codec, decoder in dict.fromkeys((row["codec"] or "-", row["decoder"]) for row in report["cases"]):
+        table.add_row(codec, decoder, *(str(counts[codec, decoder, kind]) for kind in ("passed", "failed", "skipped")))
+    _console().print(table)
     for row in report["cases"]:
-        if row["result"] != "passed":
-            table.add_row(*(escape(str(row[key])) for key in ("case", "codec", "decoder", "result")))
-    if table.row_count:
-        _console().print(table)
+        if row["result"] == "failed":
+            print_error(f"{row['case']}: {row['decoder']}: {row['problem']}")
     _console().print(f"{report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped")
 
 
