@@ -54,7 +54,7 @@ class Stream:
     def uniform(self, shape: tuple[int, ...], low: float = 0, high: float = 1) -> Array:
         """float64 from low to high."""
         count = int(np.prod(shape))
-        return low + (high - low) * self.bytes(4 * count).view("<u4").reshape(shape) / 2**32
+        return low + (high - low) * (self.bytes(4 * count).view("<u4").reshape(shape) / 2**32)
 
     def integers(self, shape: tuple[int, ...], low: int, high: int) -> Array:
         """int64 from low to high, both included."""

@@ -220,7 +220,7 @@ def _folders() -> Iterator[Draft]:
     yield folder("invalid-two-candidates", "two weight files and no index", "F1", two, "damaged")
     yield folder("invalid-pickle", "weights in a pickle", "F9", pickle, "unsupported")
     yield folder("invalid-no-weights", "no weights", "F1", config, "damaged")
-    outside = {"norm": "../folder/input/model.safetensors"}
+    outside = {"norm": "../../folder-shards/input/model-00002-of-00002.safetensors"}  # it is there
     yield folder(
         "invalid-index-outside", "an index that points out of the folder", "F7", lambda p: shards(p, outside), "damaged"
     )

@@ -142,18 +142,20 @@ def _rounding() -> Iterator[Draft]:
             term(6, scales=dtype, offsets=dtype, rounding="fused", round_dtype=dtype),
             (6, 40),
         )
-    yield packed(
-        "int/rounding-fused-tie",
-        "a sum just above a tie of bfloat16: rounding it to float32 on the way would round it down",
-        "int-7",
-        term(1, (1, 1), scales="float32", offsets="float32", rounding="fused", round_dtype="bfloat16"),
-        (1, 2),
-        parts={
-            "codes": np.array([[3]], np.uint8),
-            "scales": np.array([[1 + 2**-8, 1 + 2**-8]], np.float32),
-            "offsets": np.array([[2.0**-40, -(2.0**-40)]], np.float32),
-        },
-    )
+    for dtype, ulp in (("float16", 2.0**-10), ("bfloat16", 2.0**-7)):
+        scales = np.full((1, 2), 1 + ulp / 2, np.float32)
+        yield packed(
+            f"int/rounding-fused-tie-{dtype}",
+            f"sums just above and below a tie of {dtype}: rounding them to float32 on the way would make both a tie",
+            "int-7",
+            term(1, (1, 1), scales="float32", offsets="float32", rounding="fused", round_dtype=dtype),
+            (1, 2),
+            parts={
+                "codes": np.array([[3]], np.uint8),
+                "scales": scales,
+                "offsets": np.array([[2.0**-40, -(2.0**-40)]], np.float32),
+            },
+        )
     yield packed(
         "int/rounding-fused-zeros",
         "fused without offsets: the difference is not rounded, the product once",
