@@ -357,6 +357,18 @@ def test_the_trellis_example_shows_true_states() -> None:
         assert float(row["value"].rpartition("= ")[2]) == pytest.approx(values[int(row["step"])], rel=1e-7)
 
 
+def test_the_hashes_are_those_that_the_encoder_takes() -> None:
+    (rows,) = tables(section("codecs/trellis.md", "Encoder"))
+    shown = {row["bits"]: row for row in rows}
+    for bits in (2, 3, 4):
+        params, row = codecs.get("trellis").preset(bits, False, {}), shown[str(bits)]
+        assert params["L"] == int(row["`L`"]) and params["shift"] == int(row["`shift`"])
+        assert params["taps"] == [int(n) for n in row["`taps`"].split(", ")]
+        assert params["index"] == [int(n) for n in row["`index`"].split(", ")]
+        assert params.get("additive", False) == (row["`additive`"] == "yes")
+        assert params["table"] == ticked(row["`table`"])[0] and params["order"] == ticked(row["`order`"])[0]
+
+
 def rules() -> dict[str, str]:
     """Id -> the text of the rule, up to the next rule or heading."""
     found: dict[str, str] = {}

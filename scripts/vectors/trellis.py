@@ -85,6 +85,15 @@ def _codes() -> Iterator[Draft]:
             term("hash", bits, 12, ORDERS[f"{bits}-bits"], table=name, **params),
             (32, 48),
         )
+    for L, last in ((12, 10), (14, 12)):
+        finer = {"shift": 7, "taps": [0, 3, 5, last], "index": [3, 2], "table": "hash-32"}
+        yield packed(
+            f"trellis/hash-32-L{L}",
+            f"code hash at 2 bits with 32 entries, L = {L}",
+            "trellis-11",
+            term("hash", 2, L, ORDERS["2-bits"], **finer),
+            SMALL,
+        )
     odd = {"taps": [7, 1, 15], "index": [3, 5], "table": "int8"}
     yield packed(
         "trellis/hash-stored",
