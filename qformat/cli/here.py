@@ -12,10 +12,10 @@ from qformat import codecs as registry
 from qformat import tables
 from qformat.weight import PackedWeight
 
-PACKAGES = ("numpy", "torch", "transformers", "triton", "onnx", "onnxruntime", "huggingface-hub", "vllm", "sglang")
-BUYS = {
+PACKAGES = {  # distribution: what it is for
+    "numpy": "everything",
     "torch": "running models",
-    "transformers": "qformat.load, eval",
+    "transformers": "load, eval",
     "triton": "GPU kernels",
     "onnx": "export --to onnx",
     "onnxruntime": "running exported models",
@@ -29,7 +29,7 @@ def codecs() -> dict[str, Any]:
     rows = [
         {
             "name": name,
-            "what": (registry.get(name).__doc__ or "").split(": ", 1)[-1].split(". Page")[0].strip(),
+            "what": _what(registry.get(name)),
             "native": native.available(),
             "triton": importlib.util.find_spec(f"qformat.kernels.gpu.{name}") is not None
             and _version("triton") is not None,
@@ -37,6 +37,12 @@ def codecs() -> dict[str, Any]:
         for name in registry.NAMES
     ]
     return {"codecs": rows, "tables": list(tables.names())}
+
+
+def _what(codec: registry.Codec) -> str:
+    """The first sentence of a codec's docstring, without its name."""
+    text = " ".join((codec.__doc__ or "").split())
+    return text.partition(": ")[2].partition(". ")[0].rstrip(".")
 
 
 def doctor() -> dict[str, Any]:
@@ -52,15 +58,9 @@ def doctor() -> dict[str, Any]:
             "note": "" if native.available() else f"{native.why()}; everything works, slower",
         },
     ]
-    for package in PACKAGES:
+    for package, use in PACKAGES.items():
         version = _version(package)
-        rows.append(
-            {
-                "what": package,
-                "found": version or "missing",
-                "note": "" if version else f"for {BUYS.get(package, package)}",
-            }
-        )
+        rows.append({"what": package, "found": version or "missing", "note": "" if version else f"for {use}"})
     if _version("torch"):
         import torch
 
