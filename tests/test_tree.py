@@ -38,6 +38,7 @@ LIBRARIES = {
     "qformat": ("numpy ml_dtypes msgspec xxhash", ""),
     "qformat.cli": ("typer rich", "torch"),
     "qformat.kernels.gpu": ("torch triton", ""),
+    "qformat.kernels.decoders": ("", "torch"),
     "qformat.converters": ("", "torch"),
     "qformat.runtime": ("torch", ""),
     "qformat.runtime.huggingface": ("transformers", ""),

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .run import print_error
+
 Report = dict[str, Any]
 
 
