@@ -1,7 +1,8 @@
 """``Body``: the nodes of a function being written, and the steps that the codecs share.
 
-What a codec's ``decode`` does in NumPy is done here in operators of ONNX, in the same order and with the same roundings,
-so that the values are equal bit for bit. A value is the name of a node's output; a NumPy array stands for a constant.
+What a codec's ``decode`` does in NumPy is done here in operators of ONNX, in the same order and with the same
+roundings, so that the values are equal bit for bit. A value is the name of a node's output; a NumPy array stands for a
+constant.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
 from qformat import bits as fields
 from qformat import blocks
 from qformat.dtypes import NUMPY, Array
@@ -18,8 +20,17 @@ from qformat.layout import PartType
 
 OPSET = 20
 TYPES: dict[str, int] = {  # of parts and dense tensors; float8 as bytes, which every runtime reads
-    **{name: getattr(TensorProto, name.upper()) for name in ("bool", "float16", "bfloat16")},
-    **{f"{sign}int{bits}": getattr(TensorProto, f"{sign}int{bits}".upper()) for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "bool": TensorProto.BOOL,
+    "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
+    "uint16": TensorProto.UINT16,
+    "int16": TensorProto.INT16,
+    "uint32": TensorProto.UINT32,
+    "int32": TensorProto.INT32,
+    "uint64": TensorProto.UINT64,
+    "int64": TensorProto.INT64,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
     "float32": TensorProto.FLOAT,
     "float64": TensorProto.DOUBLE,
     "float8_e4m3fn": TensorProto.UINT8,
@@ -69,8 +80,8 @@ class Body:
         return x if dtype == "float32" else self.cast(self.cast(x, dtype), "float32")
 
     def rounded_double(self, x: str, dtype: str) -> str:
-        """float64 rounded once to ``dtype``, as float32. Runtimes reach the 16-bit types by way of float32, and a number
-        that this first rounding has made a tie may then go the wrong way: it goes where the remainder points.
+        """float64 rounded once to ``dtype``, as float32. Runtimes reach the 16-bit types by way of float32, and a
+        number that this first rounding has made a tie may then go the wrong way: it goes where the remainder points.
         """
         near = self.cast(x, "float32")
         if dtype == "float32":
@@ -84,14 +95,17 @@ class Body:
         return self.op("Where", self.op("And", towards, tie), other, once)
 
     def windows(self, packed: str, size: int, starts: Array, width: int) -> str:
-        """Bit fields of ``width`` bits at the bits ``starts`` of cyclic strings: uint8 [..., size] -> int32 [..., starts]."""
-        first, shift = starts // 8, starts % 8
-        word = ""
-        for k in range((int(shift.max()) + width + 7) // 8):
-            byte = self.cast(self.op("Gather", packed, ((first + k) % size).astype(np.int64), axis=-1), "int32")
-            word = self.op("Add", word, self.op("Mul", byte, np.int32(256**k))) if word else byte
-        shifted = self.op("Div", word, (1 << shift).astype(np.int32)) if shift.any() else word
-        return self.op("BitwiseAnd", shifted, np.int32(2**width - 1))
+        """Fields of ``width`` bits of cyclic strings, at the bits ``starts``: uint8 [..., size] -> int32 of the shape
+        [..., *starts]. Bytes are joined to words before they are gathered: there are fewer of them than fields.
+        """
+        byte = word = self.cast(packed, "int32")
+        for k in range(1, (int((starts % 8).max()) + width + 7) // 8):
+            following = self.op("Gather", byte, (np.arange(size) + k) % size, axis=-1)
+            word = self.op("Add", word, self.op("Mul", following, np.int32(256**k)))
+        field = self.op("Gather", word, starts // 8, axis=-1)
+        if (starts % 8).any():
+            field = self.op("Div", field, (1 << starts % 8).astype(np.int32))
+        return self.op("BitwiseAnd", field, np.int32(2**width - 1))
 
     def unpack(self, packed: str, bits: int, shape: tuple[int, int]) -> str:
         """``qformat.bits.unpack``: uint8 [rows, bytes] -> codes int32 [rows, count]."""

@@ -1,10 +1,15 @@
 """``export``: a packed decoder as ``model.onnx`` beside its own shards.
 
 The file holds the graph alone: every initializer of a weight points into the safetensors shards, packed parts as they
-are, dense tensors too (cast in the graph where they are of another dtype). The functions that decode lie in the model, so
-that plain ONNX Runtime runs it. By default ONNX Runtime folds them when it loads: the weights are then dense in memory,
-and fast. With the session option ``optimization.constant_folding_max_output_size_in_bytes`` set to ``65536`` they stay
-packed and are decoded at every run, slowly.
+are, dense tensors too (cast in the graph where they are of another dtype). The functions that decode lie in the model,
+so that plain ONNX Runtime runs it.
+
+ONNX Runtime folds the functions when it loads: dense weights in memory, and fast. (To load the bundled model at 2 bits
+takes 45 bytes a weight, as each step's values are kept until the last is done; a run then takes a thirteenth of the
+time.) With the session option ``optimization.disable_specified_optimizers`` set to ``ConstantFolding`` the weights stay
+packed, and are decoded at every run.
+
+onnx's own tools refuse weights in a file with several links: copy the folder for them, or load the graph alone.
 """
 
 from __future__ import annotations
@@ -16,9 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import qformat
 import torch
 from onnxscript import ir
+
+import qformat
 from qformat import checkpoint, files, weight
 from qformat.checkpoint import Checkpoint
 from qformat.errors import DamagedError, QformatError, UnsupportedError, UsageError
@@ -33,18 +39,22 @@ FILE = "model.onnx"
 DTYPES = ("float32", "float16")
 
 
-def export(source: str | Path, target: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> dict[str, Any]:
-    """Write the folder ``target``: ``model.onnx``, hard links to the shards (copies where the file system has none), the
-    config and the tokenizer. ``dtype`` is that of activations, of the cache and of the logits.
+def export(
+    source: str | Path, target: str | Path, *, dtype: str = "float32", overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the folder ``target``: ``model.onnx``, hard links to the shards (copies where the file system has none),
+    the config and the tokenizer. ``dtype`` is that of activations, of the cache and of the logits.
 
     Returns the report that ``qformat export --json`` prints. Raises :class:`UnsupportedError` for a model that is no
-    decoder of linear layers and embeddings, :class:`DamagedError` for a tensor that the model needs and the shards lack.
+    decoder of linear layers and embeddings, :class:`DamagedError` for a tensor that the model needs and the shards
+    lack.
     """
     opened, target = checkpoint.open(source), Path(target)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {' or '.join(DTYPES)}", dtype)
     if opened.manifest is None:
-        raise UsageError("a qformat model", "another", file=opened.path, hint="`qformat convert` or `qformat quantize` makes one")
+        hint = "`qformat convert` or `qformat quantize` makes one"
+        raise UsageError("a qformat model", "another", file=opened.path, hint=hint)
     if not (opened.path / files.CONFIG).is_file():
         raise UsageError("a model folder with config.json", file=opened.path)
     with staged(target, overwrite) as folder:
@@ -53,16 +63,13 @@ def export(source: str | Path, target: str | Path, *, dtype: str = "float32", ov
         except QformatError as error:
             raise error.located(file=opened.path) from error.__cause__
         (folder / FILE).write_bytes(proto.SerializeToString(deterministic=True))
-        _bring_files(opened, folder)
+        bring_files(opened, folder)
     return {"path": str(target), "onnx_bytes": (target / FILE).stat().st_size, "bytes": opened.nbytes}
 
 
 def graph(opened: Checkpoint, dtype: str) -> Any:
     """The ``onnx.ModelProto`` of a checkpoint."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(opened.path)
-    model = trace.skeleton(config, getattr(torch, dtype))
+    model = trace.skeleton(opened.path, getattr(torch, dtype))
     places = _places(opened, model)
     functions: dict[tuple[Kind, str], Any] = {}
     for parameter, name in places.items():
@@ -74,6 +81,7 @@ def graph(opened: Checkpoint, dtype: str) -> Any:
         item.metadata_props.clear()  # where in the Python code each node comes from
     traced.producer_name, traced.producer_version = "qformat", qformat.__version__
     proto = ir.serde.serialize_model(traced)
+    proto.graph.ClearField("value_info")  # a third of the file, and every runtime infers it
     proto.functions.extend(functions.values())
     return proto
 
@@ -95,7 +103,7 @@ def _places(opened: Checkpoint, model: Any) -> dict[str, str]:
         missing += [] if found else names[:1]
     homeless = known.difference(places.values())
     if homeless & packed or (homeless and missing):
-        what = f"{trace.architecture(model.config)}, which has no parameter of this name"
+        what = f"{trace.architecture(model)}, which has no parameter of this name"
         raise UnsupportedError("an architecture of linear layers and embeddings, for ONNX", what, weight=min(homeless))
     if missing:
         raise DamagedError("a tensor that the model needs", "none", weight=missing[0])
@@ -169,7 +177,7 @@ def _external(graph: ir.Graph, opened: Checkpoint, name: str) -> ir.Value:
     return value
 
 
-def _bring_files(opened: Checkpoint, folder: Path) -> None:
+def bring_files(opened: Checkpoint, folder: Path) -> None:
     for file in opened.files():
         source, copy = opened.path / file.name, folder / file.name
         if file.fate == "left out":

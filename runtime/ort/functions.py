@@ -1,10 +1,10 @@
 """The model-local functions that stand for packed weights: ``qformat::Linear_N(x, parts...)`` is a product with the
 transposed weight, ``qformat::Embedding_N(x, parts...)`` takes the rows x of it.
 
-A node carries what its weight is in two attributes, ``weight`` (its name) and ``entry`` (its manifest entry as JSON), so
-that a kernel registered under the same name and domain needs nothing else; where one is registered, ONNX Runtime prefers
-it to the function. N numbers the entries of a model: ``overload`` would tell one ``Linear`` from another, but
-``onnx.reference`` does not look at it and runs the wrong body.
+A node carries what its weight is in two attributes, ``weight`` (its name) and ``entry`` (its manifest entry as JSON),
+so that a kernel needs nothing else. ONNX Runtime prefers a kernel of the same domain and name to the function; a
+library may register one kernel as ``Linear_0``, ``Linear_1``, ... N numbers the entries of a model: ``overload`` would
+tell one ``Linear`` from another, but ``onnx.reference`` does not look at it and runs the wrong body.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import onnx
 from onnx import helper
+
 from qformat import codecs, weight
 from qformat.errors import DamagedError, UnsupportedError
 from qformat.manifest import Entry, Term
@@ -32,7 +33,8 @@ Kind = Literal["Linear", "Embedding"]
 def text(entry: Entry) -> str:
     """The entry as JSON, without what does not bear on values: weights that are packed alike have equal texts."""
     record = write_record(entry)
-    return json.dumps({key: record[key] for key in sorted(record.keys() - {"weights", "label"})}, separators=(",", ":"))
+    kept = {key: record[key] for key in sorted(record.keys() - {"weights", "label", "dtype"})}
+    return json.dumps(kept, separators=(",", ":"))
 
 
 def function(kind: Kind, name: str, entry: Entry) -> onnx.FunctionProto:

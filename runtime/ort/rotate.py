@@ -6,6 +6,7 @@ import functools
 import math
 
 import numpy as np
+
 from qformat.dtypes import Array
 from qformat.rotation import Side
 
@@ -13,7 +14,7 @@ from .body import Body
 
 
 def undo(body: Body, name: str, side: Side | None, x: str, length: int) -> str:
-    """``D·P·U x`` for the side called ``name`` (``in`` or ``out``), whose parts are inputs ``in_scale``, ``in_perm``, ..."""
+    """``D·P·U x`` for the side called ``name``, ``in`` or ``out``; its parts are inputs: ``in_scale``, ``in_perm``."""
     if side is None:
         return x
     x = _turn(body, name, side, x, length, transpose=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+
 from qformat import blocks, tables
 from qformat.codecs.table import Params
 

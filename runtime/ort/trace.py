@@ -6,12 +6,14 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from onnxscript import ir
-from qformat.errors import UnsupportedError
 from torch import Tensor, nn
+
+from qformat.errors import UnsupportedError
 
 from .body import OPSET
 from .functions import DOMAIN, Kind
@@ -49,13 +51,15 @@ class Packed(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``input_ids, attention_mask, position_ids, past...`` -> ``logits, present...``, keys and values layer by layer."""
+    """``input_ids, attention_mask, position_ids, past...`` -> ``logits, present...``; keys, values, layer by layer."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
 
         out = self.model(
@@ -68,22 +72,23 @@ class Decoder(nn.Module):
         return out.logits, *(tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values))
 
 
-def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The transformers model of a config, its weights allocated and never written: they cost no memory."""
+def skeleton(path: Path, dtype: torch.dtype) -> Any:
+    """The transformers model of a folder, its weights allocated and never written: they cost no memory."""
     import transformers
     from transformers.initialization import no_init_weights
 
     try:
+        config = transformers.AutoConfig.from_pretrained(path)
         with no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    except ValueError:
-        raise UnsupportedError("a decoder, for ONNX", architecture(config)) from None
+    except ValueError as error:
+        raise UnsupportedError("a decoder that transformers knows", str(error).partition("\n")[0]) from None
     model.tie_weights()
     return model
 
 
-def architecture(config: Any) -> str:
-    return (config.architectures or [config.model_type])[0]
+def architecture(model: Any) -> str:
+    return (model.config.architectures or [type(model).__name__])[0]
 
 
 def kind_of(model: Any, module: str) -> Kind | None:
@@ -135,7 +140,7 @@ def trace(model: Any, kept: Mapping[str, object]) -> ir.Model:
             program.optimize()
     except torch.onnx.OnnxExporterError as error:
         why = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise UnsupportedError("a decoder that torch.onnx can trace", f"{architecture(model.config)}: {why}") from error
+        raise UnsupportedError("a decoder that torch.onnx can trace", f"{architecture(model)}: {why}") from error
     return program.model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+
 from qformat import tables
 from qformat.codecs import trellis as codec
 from qformat.codecs.trellis import Params
@@ -19,13 +20,12 @@ def decode(body: Body, params: Params, shape: tuple[int, int], parts: Mapping[st
 
     Each element of a tile reads its own step's window, so that nothing need be moved within a tile afterwards.
     """
-    (rows, cols), (high, wide) = shape, params.tile
-    number = np.argsort(codec.place(params))  # of the element at each place of a row-major tile
+    number = np.argsort(codec.place(params)).reshape(params.tile)  # of the element at each place of the tile
     state = body.windows(parts["codes"], params.string_bits // 8, params.starts[number // params.V], params.L)
     if params.V > 1:
         state = body.op("Add", body.op("Mul", state, np.int32(params.V)), (number % params.V).astype(np.int32))
-    tiles = body.reshape(body.op("Gather", _values(body, params, parts), state), rows // high, cols // wide, high, wide)
-    values = body.reshape(body.op("Transpose", tiles, perm=[0, 2, 1, 3]), rows, cols)
+    tiles = body.op("Transpose", body.op("Gather", _values(body, params, parts), state), perm=[0, 2, 1, 3])
+    values = body.reshape(tiles, *shape)
     if params.scales is not None:
         scales = body.widen(parts["scales"], params.scales)
         values = body.op("Mul", values, body.spread(scales, shape, params.block))
@@ -51,7 +51,8 @@ def _values(body: Body, params: Params, parts: Mapping[str, str]) -> str:
         return body.op("Div", body.op("Sub", total, np.float32(510)), np.float32(147.800537109375))
     if params.code == "3inst":
         return _two_halves(body, _linear(body, s, 89226354, 64248484))
-    word = _linear(body, s, params.multiplier if params.multiplier is not None else codec.states.MULTIPLIERS[params.code], 0)
+    factor = params.multiplier if params.multiplier is not None else codec.states.MULTIPLIERS[params.code]
+    word = _linear(body, s, factor, 0)
     return _two_halves(body, word) if params.code == "mcg" else _mul1(body, word)
 
 
@@ -70,8 +71,8 @@ def _byte_sum(body: Body, x: str) -> str:
 
 
 def _two_halves(body: Body, x: str) -> str:
-    """The masks leave only exponents of normal numbers: a half is (1024 + mantissa) times a power of two, and the sum of
-    two is exact in float32, where it is rounded to float16 once.
+    """The masks leave only exponents of normal numbers: a half is (1024 + mantissa) times a power of two, and the sum
+    of two is exact in float32, where it is rounded to float16 once.
     """
     x = body.op("BitwiseXor", body.op("BitwiseAnd", x, np.int64(0x8FFF8FFF)), np.int64(0x3B603B60))
     power = (np.arange(64, dtype=np.uint16) << 10).view(np.float16).astype(np.float32) / np.float32(1024)
