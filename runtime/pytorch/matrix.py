@@ -109,6 +109,10 @@ class Triton(Matrix):
         whole: Tensor = self.kernel.dequantize(self.params, self.shape, self.parts)
         return whole[start:stop]
 
+    def take(self, rows: Tensor) -> Tensor:
+        found: Tensor = self.kernel.dequantize(self.params, self.shape, self.parts, rows=rows)
+        return found
+
 
 class Reference(Matrix):
     """The codec's definition in NumPy, strip by strip: for every codec, on every device, slow."""

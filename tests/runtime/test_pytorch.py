@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import making
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qformat import codecs
 from qformat.errors import DamagedError, UnsupportedError
 from qformat.runtime.pytorch import matrix, modules, ops
 from qformat.runtime.pytorch.modules import QEmbedding, QLinear
@@ -84,16 +87,29 @@ def rms(error: Tensor) -> float:
     return float(error.double().square().mean().sqrt())
 
 
-@pytest.fixture(params=["best", "reference"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Once with what this machine has, once with the codecs' definitions alone."""
-    if request.param == "reference":
-        monkeypatch.setattr(matrix, "MATRICES", {})
-    return str(request.param)
+FEW = ("int-odd", "int-groups", "table-vectors", "table-nested", "trellis-turned", "sum-outside", "stack")
+KINDS: dict[str, tuple[type[matrix.Matrix], ...]] = {
+    "native": (matrix.Native, matrix.Reference),
+    "triton": (matrix.Triton,),  # interpreted where there is no GPU
+    "reference": (matrix.Reference,),
+}
 
 
-@pytest.mark.parametrize("name", CASES | SHAPES)
-def test_dequantize(name: str, kernels: str) -> None:
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("compiled kernels take no tensors of the CPU")
+    monkeypatch.setattr(matrix, "MATRICES", {("cpu", name): KINDS[request.param] for name in codecs.NAMES})
+
+
+def with_each_kind(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Every case with each kind of kernels; of the interpreted ones, which are slow, a few."""
+    cases = [(kind, name) for kind in KINDS for name in names if kind != "triton" or name in FEW]
+    return pytest.mark.parametrize(("kernels", "name"), cases, indirect=["kernels"])
+
+
+@with_each_kind(CASES | SHAPES)
+def test_dequantize(name: str, kernels: None) -> None:
     weight = made(name)
     found, expected = ops.dequantize_op(*arguments(weight)).numpy(), weight.decode()
     assert found.shape == weight.shape
@@ -103,8 +119,8 @@ def test_dequantize(name: str, kernels: str) -> None:
         np.testing.assert_array_max_ulp(found, expected, 1)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_linear_is_as_exact_as_float32(name: str, kernels: str) -> None:
+@with_each_kind(CASES)
+def test_linear_is_as_exact_as_float32(name: str, kernels: None) -> None:
     weight = made(name)
     dense = as_codecs_see_it(weight)
     x = normal(2, 9, dense.shape[1])
@@ -116,8 +132,8 @@ def test_linear_is_as_exact_as_float32(name: str, kernels: str) -> None:
     assert rms(y - exact) <= 2 * of_float32
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_embedding(name: str, kernels: str) -> None:
+@with_each_kind(CASES)
+def test_embedding(name: str, kernels: None) -> None:
     weight = made(name)
     dense = as_codecs_see_it(weight)
     rows = torch.tensor([[0, len(dense) - 1, 3], [3, 1, 2]])
@@ -128,8 +144,8 @@ def test_embedding(name: str, kernels: str) -> None:
         assert rms(found - dense[rows]) <= 1e-6 * rms(dense)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_derivative(name: str, kernels: str) -> None:
+@with_each_kind(CASES)
+def test_derivative(name: str, kernels: None) -> None:
     weight = made(name)
     dense = as_codecs_see_it(weight)
     x, y = normal(5, dense.shape[1]).requires_grad_(), normal(5, dense.shape[0])
@@ -141,9 +157,12 @@ def test_derivative(name: str, kernels: str) -> None:
 def test_operators_are_what_torch_expects() -> None:
     rest = arguments(made("trellis-turned"))  # padded too
     torch.library.opcheck(ops.linear_op, (normal(2, 3, 90).requires_grad_(), *rest))
-    torch.library.opcheck(torch.ops.qformat.linear_transposed.default, (normal(4, 37), *rest))
-    torch.library.opcheck(ops.embedding_op, (torch.tensor([[1, 2]]), *rest))
-    torch.library.opcheck(ops.dequantize_op, rest)
+    for op, args in (
+        (torch.ops.qformat.linear_transposed.default, (normal(4, 37), *rest)),
+        (ops.embedding_op, (torch.tensor([[1, 2]]), *rest)),
+        (ops.dequantize_op, rest),
+    ):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_shapes_and_strides_of_activations() -> None:
@@ -297,3 +316,16 @@ def test_compiled_and_exported() -> None:
     assert torch.equal(compiled(x), layer(x))
     graph = torch.export.export(layer, (x,)).graph
     assert [node.target for node in graph.nodes if node.op == "call_function"] == [ops.linear_op]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", FEW[:-1])
+def test_on_a_gpu(name: str) -> None:
+    weight = made(name)
+    dense = as_codecs_see_it(weight)
+    parts, text = arguments(weight)
+    parts = [part.cuda() for part in parts]
+    x, rows = normal(5, dense.shape[1]), torch.tensor([1, 0, 1])
+    assert rms(ops.linear_op(x.cuda(), parts, text).cpu() - x.double() @ dense.double().mT) <= 1e-5
+    assert rms(ops.embedding_op(rows.cuda(), parts, text).cpu() - dense[rows]) <= 1e-6
+    assert rms(ops.dequantize_op(parts, text).cpu() - torch.from_numpy(weight.decode())) <= 1e-6
