@@ -71,7 +71,9 @@ def read(source: Checkpoint, rules: Rules) -> list[Layer]:
     if marlin:
         raise marlin[0].error("B", f"qweight, as checkpoint_format {rules.format or 'gptq'} has it", "B")
     found = common.modules(source, "qweight", PARTS, never_alone=("qzeros", "scales", "g_idx"))
-    return _with_zeros(source, rules, [_layer(source, module, rules.of(module.name)) for module in found])
+    stated = [rules.of(module.name) for module in found]
+    layers = [_layer(source, module, its) for module, its in zip(found, stated, strict=True)]
+    return _with_zeros(source, rules, layers, stated)
 
 
 def _marlin(module: Module, rules: Rules) -> Layer:
@@ -97,14 +99,14 @@ def _layer(source: Checkpoint, module: Module, rules: Rules) -> Layer:
         raise module.error("qzeros", f"{groups} groups, as scales {list(scales.shape)} has", str(list(qzeros.shape)))
     bits = _bits(module, rules, rows, qzeros.shape[1])
     g_idx = _g_idx(module, groups)
-    cols = len(g_idx) if g_idx is not None else _columns(source, module, packed, bits)
-    if packed not in words.sizes(cols, bits):
-        expected = f"{bits} bits ({rules.where}) for {cols} columns"
-        raise module.error("qweight", expected, f"{packed} rows, which hold {32 * packed / cols:.3g} bits")
+    cols = len(g_idx) if g_idx is not None else _columns(source, module, rules, packed, bits)
+    planar = _planar(bits, rules)
+    if packed not in words.sizes(cols, bits, planar):
+        held = f"as qweight {list(qweight.shape)} holds at {bits} bits ({rules.where})"
+        raise module.error("qweight" if g_idx is None else "g_idx", f"{32 * packed // bits} columns, {held}", str(cols))
     if g_idx is None and groups > 1 and rules.desc_act and not rules.static_groups:
         raise module.error("scales", f"{module.name}.g_idx beside it, as desc_act deals columns to groups", "none")
     group = _group(module, "scales", rules, cols, groups, g_idx)
-    planar = bits in words.PLANES and (bits != 3 or rules.format == "gptq_p")
     return Layer(
         module,
         bits,
@@ -117,9 +119,14 @@ def _layer(source: Checkpoint, module: Module, rules: Rules) -> Layer:
     )
 
 
+def _planar(bits: int, rules: Rules) -> bool:
+    """5, 6 and 7 bits always are; 2, 4 and 8 bits look alike either way."""
+    return bits in words.PLANES and (bits != 3 or rules.format == "gptq_p")
+
+
 def _bits(module: Module, rules: Rules, rows: int, packed: int) -> int:
     """The width that the settings give, held against the packed zeros; theirs where the settings give none."""
-    possible = [bits for bits in range(2, 9) if packed in words.sizes(rows, bits)]
+    possible = [bits for bits in range(2, 9) if packed in words.sizes(rows, bits, _planar(bits, rules))]
     if rules.bits is None and len(possible) == 1:
         return possible[0]
     if rules.bits is None or rules.bits not in possible:
@@ -129,11 +136,12 @@ def _bits(module: Module, rules: Rules, rows: int, packed: int) -> int:
     return rules.bits
 
 
-def _columns(source: Checkpoint, module: Module, packed: int, bits: int) -> int:
+def _columns(source: Checkpoint, module: Module, rules: Rules, packed: int, bits: int) -> int:
     """Without g_idx: as many as the words hold, less what fills up the last of them by what config.json says."""
     full = 32 * packed // bits
     _, sizes = roles.candidates(source.config, module.name)
-    return next((size for size in sizes if size <= full and packed in words.sizes(size, bits)), full)
+    planar = _planar(bits, rules)
+    return next((size for size in sizes if size <= full and packed in words.sizes(size, bits, planar)), full)
 
 
 def _g_idx(module: Module, groups: int) -> Array | None:
@@ -173,12 +181,11 @@ def _scattered(module: Module, g_idx: Array, group: int, groups: int) -> bool:
     return True
 
 
-def _with_zeros(source: Checkpoint, rules: Rules, layers: Sequence[Layer]) -> list[Layer]:
-    """The layers with their zeros understood, by settings and data."""
+def _with_zeros(source: Checkpoint, rules: Rules, layers: Sequence[Layer], stated: Sequence[Rules]) -> list[Layer]:
+    """The layers with their zeros understood, by the data and what is ``stated`` of each."""
     constants = [_constant(stored_zeros(layer, "as stored")) for layer in layers]
     if len(rules.formats) > 1:
         raise conflict(source, rules, _evidence(rules, layers, constants))
-    stated = [rules.of(layer.module.name) for layer in layers]
     versions = [_version(*each) for each in zip(layers, stated, constants, strict=True)]
     old = [layer for layer, version in zip(layers, versions, strict=True) if version == 1]
     # AutoGPTQ ruins every field above a full one: a file with any other pattern was written by whole-word subtraction
@@ -231,7 +238,8 @@ def _version(layer: Layer, rules: Rules, constant: int | None) -> int:
     shown = 2 if constant == half else 1
     if stated not in (None, shown):
         expected = f"{half - (stated == 1)} throughout, as sym and checkpoint_format {rules.format!r} mean"
-        raise layer.module.error("qzeros", expected, f"{constant}, as {'gptq_v2' if shown == 2 else 'gptq'} has it")
+        hint = f"if the zeros are right, set checkpoint_format to {'gptq_v2' if shown == 2 else 'gptq'}"
+        raise layer.module.error("qzeros", expected, f"{constant}, as version {shown} has it", hint)
     return shown
 
 

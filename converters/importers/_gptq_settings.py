@@ -81,7 +81,8 @@ def conflict(source: Checkpoint, rules: Rules, evidence: str) -> DamagedError:
     """The error for a checkpoint_format that two places state differently; ``evidence``: what the data says."""
     (first, believed), (second, other) = rules.formats[:2]
     expected = f"checkpoint_format {believed!r}, as {first} says"
-    return DamagedError(expected, f"{other!r} in {second}{evidence}", file=source.path / second)
+    hint = "remove the one that is wrong"
+    return DamagedError(expected, f"{other!r} in {second}{evidence}", file=source.path / second, hint=hint)
 
 
 def _checked(source: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:

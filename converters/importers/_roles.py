@@ -10,12 +10,12 @@ Config = Mapping[str, Any]
 
 HIDDEN, QUERY, KEY_VALUE, INNER, VOCABULARY = "hidden", "query", "key_value", "inner", "vocabulary"
 ROLES = {  # last component of a module's name -> (out, in)
-    **dict.fromkeys(("q_proj",), (QUERY, HIDDEN)),
+    "q_proj": (QUERY, HIDDEN),
     **dict.fromkeys(("k_proj", "v_proj"), (KEY_VALUE, HIDDEN)),
-    **dict.fromkeys(("o_proj", "out_proj"), (HIDDEN, QUERY)),
+    "o_proj": (HIDDEN, QUERY),
     **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), (INNER, HIDDEN)),
     **dict.fromkeys(("down_proj", "w2"), (HIDDEN, INNER)),
-    **dict.fromkeys(("lm_head",), (VOCABULARY, HIDDEN)),
+    "lm_head": (VOCABULARY, HIDDEN),
 }
 # Linear layers with a bias, by model type, where config.json has no key for it. Others of these models have none.
 BIASED = {
@@ -61,6 +61,8 @@ def _sizes(config: Config, module: str, role: str) -> list[int]:
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
     head = number("head_dim") or (hidden // heads if heads else 0)
+    latent = [number("qk_nope_head_dim") + number("qk_rope_head_dim"), number("v_head_dim")]
+    query = [heads * size for size in (*latent, head, 2 * head)]  # the last where an output gate is a part of it
     inner = [number("intermediate_size")]
     if re.search(r"shared_expert", module):
         shared = number("n_shared_experts") * number("moe_intermediate_size")
@@ -69,7 +71,7 @@ def _sizes(config: Config, module: str, role: str) -> list[int]:
         inner = [number("moe_intermediate_size"), *inner]
     found = {
         HIDDEN: [hidden],
-        QUERY: [heads * head],
+        QUERY: query,
         KEY_VALUE: [(number("num_key_value_heads") or heads) * head],
         INNER: inner,
         VOCABULARY: [number("vocab_size")],

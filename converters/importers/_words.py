@@ -19,9 +19,10 @@ CHUNK = 1 << 12  # blocks whose planes are joined at a time: stays in the cache
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # widths, low plane first; 2, 4 and 8 bits are a stream
 
 
-def sizes(count: int, bits: int) -> set[int]:
-    """Words that ``count`` codes may take: as many as the bits need, or those of whole blocks."""
-    return {-(-count * bits // 32), -(-count // BLOCK) * bits}
+def sizes(count: int, bits: int, planar: bool) -> set[int]:
+    """Words that ``count`` codes may take: those of whole blocks, or as many as the bits of a stream need."""
+    needed, whole = -(-count * bits // 32), -(-count // BLOCK) * bits
+    return {whole} if planar else {needed, whole} if 32 % bits else {needed}
 
 
 def unpack(words: Array, bits: int, count: int, planar: bool) -> Array:
@@ -30,13 +31,15 @@ def unpack(words: Array, bits: int, count: int, planar: bool) -> Array:
     return fields.unpack(codes[:, : fields.row_bytes(count, bits)], bits, count)
 
 
-def repack(words: Array, bits: int, count: int, planar: bool) -> Array:
-    """int32 [words, columns], packed down the columns -> uint8 [columns, row bytes], qformat's codes of each column."""
-    codes = _stream(transposed(words), bits, planar)[:, : fields.row_bytes(count, bits)]
-    if spare := count * bits % 8:  # what lies beyond the last code is not defined
-        codes = codes.copy()
-        codes[:, -1] &= (1 << spare) - 1
-    return codes
+def repack(words: Array, bits: int, count: int, planar: bool) -> tuple[Array, bool]:
+    """int32 [words, columns], packed down the columns -> uint8 [columns, row bytes], qformat's codes of each column.
+
+    And whether there is anything but zeros beyond the last of them.
+    """
+    codes = _stream(transposed(words), bits, planar)
+    byte, bit = divmod(count * bits, 8)
+    beyond = codes[:, byte:].any() if bit == 0 else (codes[:, byte] >> bit).any() or codes[:, byte + 1 :].any()
+    return codes[:, : fields.row_bytes(count, bits)], bool(beyond)
 
 
 def _stream(words: Array, bits: int, planar: bool) -> Array:

@@ -89,7 +89,10 @@ def _parts(layer: Layer) -> dict[str, Array]:
         codes = fields.pack(words.marlin_codes(module.array("B")), layer.bits)
         scales = words.marlin_scales(common.check_finite(module, "s"))
     else:
-        codes = words.repack(module.array("qweight"), layer.bits, layer.cols, layer.form == "planar")
+        codes, beyond = words.repack(module.array("qweight"), layer.bits, layer.cols, layer.form == "planar")
+        if beyond:
+            part = "g_idx" if "g_idx" in module.parts else "qweight"
+            raise module.error(part, "all columns of qweight", f"{layer.cols} columns, and codes beyond them")
         scales = common.check_finite(module, "scales")
     if layer.zeros is None:
         zeros = np.full(scales.shape, layer.zero, np.int16)

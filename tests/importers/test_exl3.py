@@ -121,6 +121,8 @@ LAYER = "model.layers.0"
         (f"{LAYER}.mlp.down_proj", {HIDDEN: 100, INNER: 192}, (100, 192)),
         (f"{LAYER}.self_attn.q_proj", {HIDDEN: 192, HEADS: 3, HEAD: 40}, (120, 192)),
         (f"{LAYER}.self_attn.k_proj", {HIDDEN: 192, HEADS: 4, KV_HEADS: 1}, (48, 192)),
+        (f"{LAYER}.self_attn.o_proj", {HIDDEN: 96, HEADS: 4, HEAD: 30}, (96, 240)),  # with an output gate
+        (f"{LAYER}.self_attn.o_proj", {HIDDEN: 96, HEADS: 4, "v_head_dim": 50}, (96, 200)),
         (f"{LAYER}.self_attn.o_proj", {HIDDEN: 96, HEADS: 4, HEAD: 48}, (96, 192)),
         (f"{LAYER}.mlp.experts.3.up_proj", {HIDDEN: 256, EXPERT: 90, INNER: 512}, (90, 256)),
         (f"{LAYER}.block_sparse_moe.experts.3.w1", {HIDDEN: 256, INNER: 90}, (90, 256)),

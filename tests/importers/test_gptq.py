@@ -71,9 +71,11 @@ TRUE_ZEROS = [10, 3, 1, 0, 5, 14, 5, 7]
         ([9, 2, 0, 15, 3, 13, 4, 6], "gptqmodel", TRUE_ZEROS),
         ([9, 2, 0, 15, 3, 13, 4, 6], "", TRUE_ZEROS),  # a smaller field above a full one: a borrow
         ([9, 2, 0, 0, 4, 13, 4, 6], "", [10, 3, 1, 1, 5, 14, 5, 7]),  # clamped by its writer
+        ([9, 2, 0, 1, 4, 13, 4, 15], "", [10, 3, 1, 2, 5, 14, 5, 16]),  # nothing above it
+        ([9, 2, 0, 1, 4, 13, 4, 15], ["optimum:1.2", "gptqmodel:7.7"], [10, 3, 1, 2, 5, 14, 5, 0]),
     ],
 )
-def test_a_zero_of_zero_in_version_1(tmp_path: Path, stored: list[int], quantizer: str, read: list[int]) -> None:
+def test_a_zero_of_zero_in_version_1(tmp_path: Path, stored: list[int], quantizer: Any, read: list[int]) -> None:
     file = File(zeros=np.array([read * 4] * 2), extra={"meta": {"quantizer": quantizer}})
     tensors = file.tensors | {f"{MODULE}.qzeros": packed(np.array([stored * 4] * 2), 4, False).T.copy()}
     folder = foreign.write(tmp_path, tensors, {"quantization_config": file.settings})
@@ -234,6 +236,8 @@ def test_tensors_that_are_damaged(tmp_path: Path) -> None:
     broken(tmp_path, File(), "qweight", lambda codes: codes * 0, "0 throughout")
     broken(tmp_path, File(), "qweight", lambda codes: codes * 0 - 1, "15 throughout")
     broken(tmp_path, scattered, "g_idx", lambda g_idx: g_idx.astype(np.int64), "int64")
+    broken(tmp_path, scattered, "g_idx", lambda g_idx: g_idx[:48], "64 columns", "48")
+    broken(tmp_path, File(group=-1, g_idx=np.zeros(64)), "g_idx", lambda g_idx: g_idx[:63], "63 columns")
     broken(tmp_path, scattered, "g_idx", lambda g_idx: np.where(np.arange(64) == 10, np.int32(-1), g_idx), "[10] = -1")
     broken(tmp_path, scattered, "g_idx", lambda g_idx: g_idx | (np.arange(64) < 8).astype(np.int32), "32 columns", "28")
     broken(tmp_path, scattered, "weight", lambda _: np.ones((32, 64), np.float16), "both")
