@@ -83,7 +83,7 @@ def verify(source: str | Path) -> dict[str, Any]:
         items, found = [], [error]
     return {
         "ok": not found,
-        "problems": [{**error.as_json(), "text": str(error)} for error in found],
+        "problems": [error.as_json() for error in found],
         "weights": len(items),
         "tensors": len(opened.tensors) if opened is not None else 0,
     }

@@ -756,7 +756,7 @@ def happened(spoil: Callable[[Path], object], of: Path) -> dict[str, Any]:
             if problems := report.verify(path)["problems"]:
                 kind, error = "DamagedError", problems[0]
         except QformatError as problem:
-            kind, error = type(problem).__name__, {**problem.as_json(), "text": str(problem)}
+            kind, error = type(problem).__name__, problem.as_json()
         took = {"seconds": time.monotonic() - started, "bytes": tracemalloc.get_traced_memory()[1] - before}
         return {"kind": kind, "error": error, **took}
 

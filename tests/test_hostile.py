@@ -47,7 +47,8 @@ def test_a_named_error(case: str, happened: dict[str, dict[str, Any]]) -> None:
     kind, _, message = (hostile.CASES[case].__doc__ or "").strip().partition(": ")
     found = happened[case]
     assert found["kind"] == kind
-    assert re.search(message, found["error"]["text"]), found["error"]["text"]
+    text = str(QformatError(**found["error"]))
+    assert re.search(message, text), text
     assert found["error"]["file"] and found["error"]["expected"] and found["error"]["found"]
     assert found["seconds"] < SECONDS and found["bytes"] < BYTES
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from qformat.checkpoint import Checkpoint
+from qformat.errors import UsageError
 from qformat.manifest import METHOD
 
 from ..plan import Item, Plan, passed
@@ -17,7 +18,8 @@ def detect(source: Checkpoint) -> str:
 
 
 def plan(source: Checkpoint) -> Plan:
-    assert source.manifest is not None
+    if source.manifest is None:
+        raise UsageError("a folder that qformat packed", "another", file=source.path)
     items = [_item(source, name) for name in source]
     return Plan(
         scheme=str(source.manifest.provenance.get("scheme", NAME)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ def main() -> None:
     from . import run
     from .commands import app
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     wrong_usage: Any = typer.BadParameter.__mro__[1]  # its base class, which typer gives no name
     try:
         app(standalone_mode=False)

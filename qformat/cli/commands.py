@@ -189,10 +189,11 @@ def export(
 
     def work() -> dict[str, Any]:
         from qformat.errors import UsageError
-        from qformat.runtime.ort.export import export as job
 
         if to != "onnx":
             raise UsageError("--to onnx", to)
+        from qformat.runtime.ort.export import export as job
+
         return job(source, target, dtype=dtype, overwrite=overwrite)
 
     run.command(work, "exported", as_json, debug)

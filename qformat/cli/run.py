@@ -38,7 +38,7 @@ def command(work: Callable[[], Report], show: str, as_json: bool, debug: bool) -
         module = importlib.import_module(".show", __package__)  # imports rich: not needed for JSON
         getattr(module, show)(report)
     for problem in report.get("problems", ()):
-        print_error(problem["text"], problem["hint"])
+        print_error(str(QformatError(**problem)), problem["hint"])
     if report.get("ok") is False or report.get("failed"):
         sys.exit(3)
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qformat.errors import one_line
+
 from .run import print_error
 
 Report = dict[str, Any]
@@ -24,6 +26,11 @@ def _table(*headers: str, right: int = 0) -> Table:
     for number, header in enumerate(headers):
         table.add_column(header, justify="right" if number >= len(headers) - right else "left", overflow="fold")
     return table
+
+
+def _safe(text: str) -> str:
+    """Names from a file may hold markup and escape sequences."""
+    return escape(one_line(text))
 
 
 def _size(nbytes: float) -> str:
@@ -54,31 +61,28 @@ def _summary(report: Report) -> None:
         left = coverage["left_out"]
         names = f": {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}" if left else ""
         ends = f"{coverage['consumed']} consumed + {coverage['passed']} passed through + {len(left)} left out{names}"
-        console.print(escape(f"source tensors: {coverage['tensors']} = {ends}"))
+        console.print(_safe(f"source tensors: {coverage['tensors']} = {ends}"))
 
 
 def _files(report: Report) -> None:
-    for file in report.get("files", ()):
+    for file in report["files"]:
         if file["fate"] == "left out":
-            _console().print(escape(f"left out: {file['name']}, {file['why']}"))
+            _console().print(_safe(f"left out: {file['name']}, {file['why']}"))
 
 
 def packed(report: Report) -> None:
-    _summary(report)
+    inspected(report)
     _console().print(f"{report['seconds']:.1f} s")
 
 
 def converted(report: Report) -> None:
-    _console().print(escape(f"from {report['from']} ({report['because']})"))
-    for note in report["notes"]:
-        _console().print(escape(f"note: {note}"))
-    _files(report)
+    _console().print(_safe(f"from {report['from']} ({report['because']})"))
     packed(report)
 
 
 def inspected(report: Report) -> None:
-    for note in report.get("notes", ()):
-        _console().print(escape(f"note: {note}"))
+    for note in report["notes"]:
+        _console().print(_safe(f"note: {note}"))
     _files(report)
     _summary(report)
 
@@ -100,7 +104,7 @@ def evaluated(report: Report) -> None:
         "bytes", _size(report["bytes"]), _size(report["reference_bytes"]) if report["reference_bytes"] else "-"
     )
     _console().print(table)
-    _console().print(escape(f"{report['tokens']} tokens of {report['text']}"))
+    _console().print(_safe(f"{report['tokens']} tokens of {report['text']}"))
 
 
 def _number(value: float | None, form: str) -> str:
@@ -109,7 +113,7 @@ def _number(value: float | None, form: str) -> str:
 
 def exported(report: Report) -> None:
     _console().print(
-        escape(f"{report['path']}: {_size(report['onnx_bytes'])} beside {_size(report['bytes'])} of shards")
+        _safe(f"{report['path']}: {_size(report['onnx_bytes'])} beside {_size(report['bytes'])} of shards")
     )
 
 
@@ -140,5 +144,5 @@ def conformance(report: Report) -> None:
 def doctor(report: Report) -> None:
     table = _table("", "found", "")
     for row in report["rows"]:
-        table.add_row(row["what"], escape(row["found"]), escape(row["note"]))
+        table.add_row(row["what"], _safe(row["found"]), _safe(row["note"]))
     _console().print(table)

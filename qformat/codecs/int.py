@@ -169,7 +169,7 @@ def units(params: Params) -> tuple[int, int]:
 
 def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The params for ``quantize --codec int --bits BITS``: symmetric, 64 columns a scale."""
-    if bits != int(bits) or not 1 <= bits <= 8:
+    if not 1 <= bits <= 8 or bits != int(bits):
         raise UnsupportedError("whole bits from 1 to 8 for int", f"{bits:g}")
     params: dict[str, Any] = {"bits": int(bits), "block": [1, 64], "scales": "float16"}
     if not settings.keys() & {"zeros", "offsets"}:

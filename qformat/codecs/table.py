@@ -212,7 +212,7 @@ def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str,
 
     For a rotated weight, whose variance the rotation carries, scales of 8 bits do, or a vector grid and one scale.
     """
-    if bits != int(bits) or not 1 <= bits <= 8:
+    if not 1 <= bits <= 8 or bits != int(bits):
         raise UnsupportedError(
             "whole bits from 1 to 8 for table", f"{bits:g}", hint="--set bits=, p= and table= reach others"
         )
