@@ -45,7 +45,7 @@ def settings(source: Checkpoint) -> Iterator[Settings]:
 
 def _settings(source: Checkpoint, file: str, values: Any) -> Settings:
     if not isinstance(values, Mapping):
-        raise DamagedError("quantization settings as an object", type(values).__name__, file=source.path / file)
+        raise DamagedError("quantization settings as an object", type(values).__name__, file=source.folder / file)
     return Settings(file, values)
 
 
@@ -72,7 +72,7 @@ def agreed(source: Checkpoint, found: Iterable[Settings], *keys: str) -> Any:
             first = first or (one.file, key, value)
             if value != first[2]:
                 expected = f"{keys[0]} {first[2]!r}, as {first[1]} in {first[0]} says"
-                raise DamagedError(expected, f"{key} {value!r} in {one.file}", file=source.path / one.file)
+                raise DamagedError(expected, f"{key} {value!r} in {one.file}", file=source.folder / one.file)
     return first[2] if first else None
 
 

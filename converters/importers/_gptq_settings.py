@@ -82,7 +82,7 @@ def conflict(source: Checkpoint, rules: Rules, evidence: str) -> DamagedError:
     (first, believed), (second, other) = rules.formats[:2]
     expected = f"checkpoint_format {believed!r}, as {first} says"
     hint = "remove the one that is wrong"
-    return DamagedError(expected, f"{other!r} in {second}{evidence}", file=source.path / second, hint=hint)
+    return DamagedError(expected, f"{other!r} in {second}{evidence}", file=source.folder / second, hint=hint)
 
 
 def _checked(source: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def _joined(blocks: Array, bits: int) -> Array:
 def _spread(width: int, bits: int) -> Array:
     """For each byte of a plane, its fields of ``width`` bits set ``bits`` apart: uint64 [256]."""
     byte, mask = np.arange(256, dtype=np.uint64), np.uint64((1 << width) - 1)
-    return np.bitwise_or.reduce(
-        [(byte >> np.uint64(k * width) & mask) << np.uint64(k * bits) for k in range(8 // width)]
-    )
+    fields_apart = [(byte >> np.uint64(k * width) & mask) << np.uint64(k * bits) for k in range(8 // width)]
+    out: Array = np.bitwise_or.reduce(fields_apart)
+    return out
 
 
 def transposed(matrix: Array, tile: int = 16) -> Array:

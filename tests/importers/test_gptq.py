@@ -217,6 +217,27 @@ def test_settings_in_two_places_that_differ(tmp_path: Path, key: str) -> None:
     refused(folder, key, "config.json", "quantize_config.json")
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(("gptq", "marlin", ".*")),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from((".*", "-:.*", "bits")), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(st.dictionaries(st.sampled_from((*File().settings, "dynamic", "meta", "pack_dtype", "static_groups")), JSON))
+def test_settings_of_any_kind(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> None:
+    """They are refused, or the layer decodes to what it decodes to."""
+    file = File()
+    config = {"quantization_config": file.settings | settings}
+    try:
+        plan = foreign.plan_of(foreign.write(tmp_path_factory.mktemp("any"), file.tensors, config), "gptq")
+    except QformatError:
+        return
+    assert np.array_equal(foreign.decoded(plan)[f"{MODULE}.weight"], file.values)
+
+
 def broken(tmp_path: Path, file: File, part: str, change: Any, *words: str) -> None:
     tensors = file.tensors
     tensors[f"{MODULE}.{part}"] = change(tensors.get(f"{MODULE}.{part}"))
