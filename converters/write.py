@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,8 +16,9 @@ import qformat
 from qformat import files, manifest, names
 from qformat.checkpoint import KEY, Checkpoint
 from qformat.dtypes import Array
-from qformat.errors import DamagedError, SurroundingsError, UsageError
+from qformat.errors import DamagedError, UsageError
 from qformat.shards import ShardWriter, Spec
+from qformat.staging import staged
 
 from .plan import Item, Plan
 
@@ -90,39 +90,6 @@ def account(source: Checkpoint, plan: Plan) -> dict[str, Any]:
     left_out = sorted(plan.left_out, key=names.natural)
     count = len(source.tensors)
     return {"tensors": count, "consumed": consumed, "passed": count - consumed - len(left_out), "left_out": left_out}
-
-
-@contextlib.contextmanager
-def staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when the block ends well, and goes when it does not."""
-    if target.exists() and not overwrite:
-        raise UsageError("a target that does not exist", "one that does", file=target, hint="--overwrite replaces it")
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-            _replace(target, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        where, why = error.filename or target, error.strerror or str(error)
-        raise SurroundingsError("files that can be read and written", why, file=where) from None
-
-
-def _replace(target: Path, folder: Path) -> None:
-    """``folder`` takes the place of ``target``; where that fails the old target is put back."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _split(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
