@@ -98,8 +98,7 @@ class QformatQuantizer(HfQuantizer):
     """Packs what the manifest names before its tensors are loaded; checks, before and after, that none is lacking."""
 
     is_trainable = True  # of what is dense: adapters
-    is_compileable = True
-    requires_calibration = False
+    requires_calibration = True  # nothing is packed here: transformers refuses models that are not
 
     def __init__(self, quantization_config: QformatConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -166,7 +165,7 @@ def _checked(described: Manifest, files: Sequence[str] | None) -> dict[str, Entr
     for name, entry in entries.items() if files else ():
         names = {part.name: f"{name}_{part.name}" for part in layout(entry)}
         present = {part: where[tensor].array(tensor) for part, tensor in names.items() if tensor in where}
-        file = next((shard.path for tensor, shard in where.items() if tensor in names.values()), shards[0].path.parent)
+        file = next((where[tensor].path for tensor in names.values() if tensor in where), shards[0].path.parent)
         check_parts(entry, present, name, str(file))
     return entries
 
@@ -231,17 +230,17 @@ class _Places:
     def tie(self, aliases: Mapping[str, str]) -> None:
         """What shares a weight that is packed shares its parts."""
         ties = self.model.all_tied_weights_keys
-        for target, source in (ties | {self.path(a): self.path(b) for a, b in aliases.items()}).items():
-            stored = [path for path in (target, source) if path in self.entries]
-            if not stored:
-                continue
+        wanted = ties | {self.path(alias): self.path(name) for alias, name in aliases.items()}
+        shared = [(target, source) for target, source in wanted.items() if {target, source} & self.entries.keys()]
+        for target, source in shared:
             ties.pop(target, None)
+            stored = [path for path in (target, source) if path in self.entries]
             other = source if stored == [target] else target
             if len(stored) == 1 and self.pack(other, self.entries[stored[0]]):
                 parts = layout(self.entries[stored[0]])
                 ties |= {f"{target}_{part.name}": f"{source}_{part.name}" for part in parts}
-        for part in _models(self.model):  # what a later `tie_weights` goes by
-            part._tied_weights_keys = ties if part is self.model else None
+        for part in _models(self.model) if shared else ():  # what a later `tie_weights` goes by
+            part._tied_weights_keys = dict(ties) if part is self.model else None
 
 
 def _leaves(converter: WeightConverter) -> list[str] | None:

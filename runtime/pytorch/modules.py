@@ -50,8 +50,8 @@ class Packed(nn.Module):
             return tensor.to(out.device) if id(tensor) in kept and out.dtype != tensor.dtype else out
 
         super()._apply(moved, recurse)
-        for name, info in self.packed.items():
-            self.packed[name] = info._replace(dtype=fn(torch.empty(0, dtype=info.dtype)).dtype)
+        shown = {name: fn(torch.empty(0, dtype=info.dtype)).dtype for name, info in self.packed.items()}
+        self.packed = {name: info._replace(dtype=shown[name]) for name, info in self.packed.items()}
         return self
 
 
@@ -63,7 +63,7 @@ def _shown(name: str) -> property:
 
 
 class QLinear(Packed, nn.Linear):
-    weight = _shown("weight")  # type: ignore[assignment]
+    weight = _shown("weight")
 
     def forward(self, input: Tensor) -> Tensor:
         y = ops.linear_op(input, self.parts(), self.packed["weight"].spec)
@@ -71,7 +71,7 @@ class QLinear(Packed, nn.Linear):
 
 
 class QEmbedding(Packed, nn.Embedding):
-    weight = _shown("weight")  # type: ignore[assignment]
+    weight = _shown("weight")
 
     def forward(self, input: Tensor) -> Tensor:
         info = self.packed["weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -50,11 +51,12 @@ def names_of(text: str) -> tuple[str, ...]:
     return tuple(part.name for part in weight.layout(entry_of(text)))
 
 
+@functools.cache
 def features(text: str) -> tuple[int, int]:
     """Rows and columns of the matrix as codecs see it, without padding: what a linear layer calls out and in."""
     entry = entry_of(text)
     rows, *rest = entry.shape[entry.stack :]
-    cols = functools.reduce(int.__mul__, rest)
+    cols = math.prod(rest)
     return (cols, rows) if entry.transposed else (rows, cols)
 
 

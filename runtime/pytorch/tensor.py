@@ -46,9 +46,9 @@ class PackedTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if _writes(func.__name__, args, kwargs):
-            raise UnsupportedError("a packed weight that is only read", func.__name__)
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if _writes(name, args, kwargs):
+            raise UnsupportedError("a packed weight that is only read", name)
         with torch._C.DisableTorchFunctionSubclass():
             found = _PACKED[func](*args, **kwargs) if func in _PACKED else NotImplemented
             return func(*args, **kwargs) if found is NotImplemented else found
@@ -63,7 +63,7 @@ class PackedTensor(Tensor):
 
 
 def _writes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    in_place = name.endswith("_") and not name.startswith("__") or name in _IN_PLACE
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.startswith("__"))
     target = kwargs.get("out") if not in_place else next(iter((*args, *kwargs.values())), None)
     return isinstance(target, PackedTensor)
 

@@ -81,6 +81,15 @@ def same_tensors(one: Path, other: Path) -> bool:
     )
 
 
+def with_settings(path: Path, target: Path, others: Mapping[str, Any] | None = None, **settings: Any) -> Path:
+    """A copy of a packed model with other ``settings`` in its manifest and ``others`` beside it in the config."""
+    shutil.copytree(path, target)
+    config = json.loads((target / "config.json").read_text()) | (others or {})
+    config["quantization_config"] |= settings
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_decoded_values(name: str, packed: Callable[[str], Path], tmp_path: Path) -> None:
     model, reference = load(packed(name), dtype=torch.float32), dense(packed(name), tmp_path / "dense")
@@ -131,6 +140,17 @@ def test_tied_weights_are_one(packed: Callable[[str], Path]) -> None:
     assert model.dtype == torch.bfloat16  # and not that of the scales, which come first
     model.tie_weights()
     assert all(a is b for a, b in zip(head.parts(), embedding.parts(), strict=True))
+
+
+def test_aliases_tie_what_the_config_does_not(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    aliases = {"lm_head.weight": "model.embed_tokens.weight"}
+    path = with_settings(packed("moe-tied"), tmp_path / "aliased", {"tie_word_embeddings": False}, aliases=aliases)
+    model = load(path)
+    assert model.lm_head.weight_codes is model.model.embed_tokens.weight_codes
+    assert torch.equal(logits(model), logits(load(packed("moe-tied"))))
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(path, tmp_path / "saved")
+    assert verify(qformat.open(tmp_path / "saved")) == []  # type: ignore[operator]
 
 
 def test_experts_keep_their_names(packed: Callable[[str], Path]) -> None:
@@ -271,14 +291,6 @@ def test_what_is_no_packed_model_is_refused(packed: Callable[[str], Path], tmp_p
         load(packed("int") / "model.safetensors")
     with pytest.raises(UnsupportedError, match="int16"):
         load(packed("int"), activations="int16")
-
-
-def with_settings(path: Path, target: Path, **changes: Any) -> Path:
-    shutil.copytree(path, target)
-    config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 def test_settings_of_a_later_version(packed: Callable[[str], Path], tmp_path: Path) -> None:
