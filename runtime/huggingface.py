@@ -228,18 +228,27 @@ class _Places:
         return True
 
     def tie(self, aliases: Mapping[str, str]) -> None:
-        """What shares a weight that is packed shares its parts."""
+        """What shares a weight that is packed shares its parts; where several are stored, each keeps its own."""
         ties = self.model.all_tied_weights_keys
-        wanted = ties | {self.path(alias): self.path(name) for alias, name in aliases.items()}
-        shared = [(target, source) for target, source in wanted.items() if {target, source} & self.entries.keys()]
-        for target, source in shared:
-            ties.pop(target, None)
-            stored = [path for path in (target, source) if path in self.entries]
-            other = source if stored == [target] else target
-            if len(stored) == 1 and self.pack(other, self.entries[stored[0]]):
-                parts = layout(self.entries[stored[0]])
-                ties |= {f"{target}_{part.name}": f"{source}_{part.name}" for part in parts}
-        for part in _models(self.model) if shared else ():  # what a later `tie_weights` goes by
+        groups: dict[str, list[str]] = {}
+        for target, source in (ties | {self.path(alias): self.path(name) for alias, name in aliases.items()}).items():
+            groups.setdefault(source, []).append(target)
+        changed = False
+        for source, targets in groups.items():
+            stored = [path for path in (source, *targets) if path in self.entries]
+            changed |= bool(stored)
+            for target in targets if stored else ():
+                ties.pop(target, None)
+            if len(stored) != 1:
+                continue
+            entry = self.entries[stored[0]]
+            present = {path for path in (source, *targets) if path in self.entries or self.pack(path, entry)}
+            if source in present:
+                names = [part.name for part in layout(entry)]
+                ties |= {
+                    f"{target}_{name}": f"{source}_{name}" for target in targets if target in present for name in names
+                }
+        for part in _models(self.model) if changed else ():  # what a later `tie_weights` goes by
             part._tied_weights_keys = dict(ties) if part is self.model else None
 
 
