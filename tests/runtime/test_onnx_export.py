@@ -196,21 +196,22 @@ def test_inputs_and_outputs(case: Case) -> None:
 
 
 def test_logits_are_those_of_torch(case: Case, words: Text) -> None:
-    """Without a past, with one of padding and text, token by token; each as near to float64 as torch's float32 is."""
+    """Without a past, with one of padding and text, token by token. The bound is 64 float32 roundings of the largest
+    logit; torch's own float32 is 2 of them off, ONNX Runtime 4.
+    """
     exact = exact_logits(case.packed, words)
     kept = words.mask.astype(bool)
-    bound = 4 * np.abs(logits(qformat.load(case.packed, dtype=torch.float32), words) - exact)[kept].max()
-    assert bound < 1e-5 * np.abs(exact).max()
+    bound = 64 * 2.0**-24 * np.abs(exact).max()
+    packed = logits(qformat.load(case.packed, dtype=torch.float32), words)
     model = session(case.exported)
-    whole, *_ = model.run(None, words.feeds(0, 9, EMPTY))
-    assert np.abs(whole - exact)[kept].max() < bound
-    for steps in ([0, 5, 9], [*range(10)]):
+    for steps in ([0, 9], [0, 5, 9], [*range(10)]):
         past, found = EMPTY, []
         for start, stop in zip(steps, steps[1:], strict=False):
             some, *past = model.run(None, words.feeds(start, stop, past))
             assert past[0].shape == past[1].shape == (2, 2, stop, 64)
             found.append(some)
-        assert np.abs(np.concatenate(found, axis=1) - exact)[kept].max() < bound
+        for other in (packed, exact):
+            assert np.abs(np.concatenate(found, axis=1) - other)[kept].max() < bound
 
 
 def test_streamed_and_by_the_reference(case: Case, words: Text, tmp_path: Path) -> None:
