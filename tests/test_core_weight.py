@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import entry, int_terms, packed, seeds, table_terms, trellis_terms
 
@@ -50,6 +50,7 @@ def entries(draw: st.DrawFn) -> Entry:
     return entry(whole, *terms, stack=len(stack), transposed=transposed, **more)
 
 
+@settings(max_examples=60)
 @given(entries(), seeds)
 def test_layout_is_what_a_weight_has(of: Entry, rng: np.random.Generator) -> None:
     one = packed(rng, of)
@@ -60,6 +61,7 @@ def test_layout_is_what_a_weight_has(of: Entry, rng: np.random.Generator) -> Non
     assert one.decode(rotated=True).shape == (*of.shape[: of.stack], *weight.matrix_shape(of))
 
 
+@settings(max_examples=60)
 @given(entries(), seeds)
 def test_a_stack_is_its_matrices(of: Entry, rng: np.random.Generator) -> None:
     one = packed(rng, of)
@@ -72,6 +74,7 @@ def test_a_stack_is_its_matrices(of: Entry, rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(whole[at], matrix[:rows, :cols])
 
 
+@settings(max_examples=60)
 @given(entries(), seeds, st.data())
 def test_a_slice_decodes_to_the_slice(of: Entry, rng: np.random.Generator, data: st.DataObject) -> None:
     one = packed(rng, of)

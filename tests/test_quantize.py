@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from making import dense_folder
 import qformat
 from qformat import checkpoint, codecs, rotation
 from qformat.converters import write
+from qformat.converters.importers import read
 from qformat.converters.quantize.job import quantize
 from qformat.converters.quantize.select import select
 from qformat.converters.quantize.weight import entry_of, in_size, pack, signs
 from qformat.dtypes import NUMPY, Array
 from qformat.errors import DamagedError, UnsupportedError, UsageError
+from qformat.files import INDEX
 from qformat.kernels import native
 from qformat.shards import Shard
 
@@ -97,8 +100,6 @@ def test_shards_and_threads_change_no_number(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "s", {f"l.{i}.weight": gaussian(64, 64, seed=i) for i in range(9)})
     quantize(source, tmp_path / "one", codec="int", bits=4)
     opened = checkpoint.open(tmp_path / "one")
-    from qformat.converters.importers import read
-
     plan, _, _ = read(opened)
     for threads in (1, 3):
         target = tmp_path / f"many{threads}"
@@ -322,3 +323,39 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "q", codec="int", bits=4, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_side_files_travel_and_left_overs_do_not(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "s", {"a.weight": gaussian(32, 64), "b.weight": gaussian(32, 64)})
+    opened = checkpoint.open(source)
+    plan, _, _ = read(opened)
+    write.write(opened, plan, tmp_path / "t", write.account(opened, plan), packed=False, shard_bytes=9000)
+    travel = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
+    travel += ["chat_template.jinja", "modeling_x.py", "additional_chat_templates/tool.jinja", "LICENSE"]
+    stay = ["hf_quant_config.json", "quantize_config.json", "quanto_qmap.json", "consolidated.safetensors"]
+    for name in travel:
+        (tmp_path / "t" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "t" / name).write_bytes(name.encode() + b"\0\r\n")
+    for name in stay:  # what an earlier quantization of the folder left
+        (tmp_path / "t" / name).write_text('{"bits": 4, "a.weight": {"weights": "qint4"}}')
+    found = quantize(tmp_path / "t", tmp_path / "q", codec="int", bits=4)
+    assert (tmp_path / "t" / INDEX).exists() and len(found["weights"]) == 2
+    arrived = {path.relative_to(tmp_path / "q").as_posix() for path in (tmp_path / "q").rglob("*") if path.is_file()}
+    assert arrived == {*travel, "config.json", "model.safetensors"}
+    for name in travel:
+        assert (tmp_path / "q" / name).read_bytes() == name.encode() + b"\0\r\n"
+    assert {file["name"] for file in found["files"] if file["fate"] == "left out"} == set(stay)
+
+
+def test_memory_is_that_of_a_few_weights(tmp_path: Path) -> None:
+    """Four times the weights take no more of it."""
+    peaks = []
+    for count in (8, 32):
+        weights = {f"l.{i}.weight": gaussian(128, 512, seed=i) for i in range(count)}
+        source = dense_folder(tmp_path / f"s{count}", weights)
+        del weights
+        tracemalloc.start()
+        quantize(source, tmp_path / f"q{count}", codec="int", bits=4)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]

@@ -93,7 +93,7 @@ def pack(entry: Entry, weight: Array) -> PackedWeight:
 
 def _pack_matrix(entry: Entry, weight: Array) -> dict[str, Array]:
     shape = matrix_shape(entry)
-    with np.errstate(over="ignore"):  # what overflows is infinite, and told below
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and told below
         matrix = weight.astype(np.float32)
         if not np.isfinite(matrix).all():
             raise DamagedError("finite values", f"{int((~np.isfinite(matrix)).sum())} that are not")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import int_terms, random_parts, seeds
 
@@ -158,6 +158,7 @@ def test_constant_blocks(form: dict[str, Any], value: float) -> None:
         assert not decoded.any()
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 40), seeds)
 def test_encode_any_shape(width: int, rows: int, cols: int, rng: np.random.Generator) -> None:
     weight = rng.standard_normal((rows, cols)).astype(np.float32)

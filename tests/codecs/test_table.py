@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import random_parts, seeds, table_terms
 
@@ -182,6 +182,7 @@ def test_constant_blocks(scales: str | None, value: float) -> None:
         np.testing.assert_allclose(decoded[0], weight[0], rtol=0.2)
 
 
+@settings(max_examples=30)
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 40), st.integers(1, 10), seeds)
 def test_encode_any_shape(p: int, rows: int, groups: int, rng: np.random.Generator) -> None:
     weight = rng.standard_normal((rows, groups * p)).astype(np.float32)
