@@ -553,3 +553,16 @@ def test_settings_are_json_where_they_can_be() -> None:
         "a": "=b",
         "scales": None,
     }
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from qformat.cli import main; main()"
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, "eval", str(EXAMPLES / "tiny-llama")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 5
+    assert done.stderr.splitlines() == [
+        "error: expected the package torch, found none",
+        "hint: pip install 'qformat-weights[torch]'",
+    ]

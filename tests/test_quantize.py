@@ -229,6 +229,7 @@ NAMES = {
     "model.embed_tokens.weight": False,
     "lm_head.weight": False,
     "transformer.wte.weight": False,
+    "shared.weight": False,
     "model.layers.0.self_attn.q_proj.bias": False,
 }
 

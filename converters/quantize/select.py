@@ -13,7 +13,7 @@ from qformat.errors import UsageError
 # names of matrices that are no linear layers, or too small and too sensitive to be packed unless asked for
 DENSE_NAMES = re.compile(
     r"(^|[._])(embed\w*|wte|wpe|lm_head|output_head|router|gate|shared_expert_gate|norm\w*|\w*norm|position\w*|rotary\w*|conv\w*)"
-    r"(\.|$)"
+    r"(\.|$)|(^|\.)shared\.weight$"  # the last: T5's embedding
 )
 TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")  # model types that hold fused experts as [experts, in, out]
 

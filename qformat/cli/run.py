@@ -14,6 +14,15 @@ from typing import Any, NoReturn
 from qformat.errors import InterruptedJob, QformatError, SurroundingsError, one_line
 
 Report = dict[str, Any]
+EXTRAS = {  # package -> the extra that brings it
+    "torch": "torch",
+    "transformers": "transformers",
+    "tokenizers": "transformers",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "huggingface_hub": "hub",
+}
 LINE_SECONDS = 10  # between progress lines where there is no terminal
 
 
@@ -31,6 +40,12 @@ def command(work: Callable[[], Report], show: str, as_json: bool, debug: bool) -
         fail(SurroundingsError("enough memory", "less"), as_json, debug)
     except QformatError as error:
         fail(error, as_json, debug)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        hint = f"pip install 'qformat-weights[{EXTRAS[package]}]'"
+        fail(SurroundingsError(f"the package {package}", "none", hint=hint), as_json, debug)
     if as_json:
         json.dump(report, sys.stdout, allow_nan=False)
         sys.stdout.write("\n")
