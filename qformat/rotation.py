@@ -1,11 +1,12 @@
 """Rotations: ``W = diag(out.scale) · P_out · U_out · Ŵ · U_inᵀ · P_inᵀ · diag(in.scale)``, Ŵ the stored matrix.
 
-U is block-diagonal: orthonormal Sylvester-Hadamard blocks of ``size``, or copies of the stored ``matrix`` [size,
+U is block-diagonal: orthonormal Hadamard blocks of ``size``, H_K ⊗ Sylvester, or copies of the stored ``matrix`` [size,
 size]. A permutation places: ``(X · Pᵀ)[:, perm[j]] = X[:, j]``, rows alike. Page: ``spec/README.md``, Rotation.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Literal
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 from msgspec import Meta
 
+from . import tables
 from .dtypes import Array
 from .errors import DamagedError, UnsupportedError
 from .layout import Part
@@ -45,8 +47,8 @@ def layout(rotation: Rotation, shape: tuple[int, int]) -> list[Part]:
         length = shape[1] if name == "in" else shape[0]
         if length % side.size:
             raise DamagedError(f"a rotation size that divides {length}", str(side.size))
-        if side.matrix is None and side.size & (side.size - 1):
-            raise UnsupportedError("a Hadamard size that is a power of two", str(side.size))
+        if side.matrix is None:
+            order(side.size)
         along = {"in_axis": 0, "in_unit": Fraction(1)} if name == "in" else {"out_axis": 0, "out_unit": Fraction(1)}
         for part in ("scale", "perm"):
             if (dtype := getattr(side, part)) is not None:
@@ -56,17 +58,45 @@ def layout(rotation: Rotation, shape: tuple[int, int]) -> list[Part]:
     return parts
 
 
-def hadamard(columns: Array, size: int) -> Array:
-    """Multiply by the orthonormal block-diagonal Sylvester matrix along the last axis; it is symmetric, its own
-    inverse.
+def order(size: int) -> int:
+    """K of H_K ⊗ Sylvester: 1 for a power of two, else 4 times the odd part of ``size``.
+
+    Raises :class:`UnsupportedError` for a size that no matrix is known for.
     """
+    odd = size // (size & -size)
+    found = 1 if odd == 1 else 4 * odd
+    if size % found:
+        raise UnsupportedError(f"a Hadamard size that is a power of two or a multiple of {found}", str(size))
+    return len(tables.hadamard(found))
+
+
+@functools.cache
+def factors(size: int) -> tuple[Array, Array]:
+    """(A, B) with U = A ⊗ B / √size, of about equal sizes: ones and minus ones, int8. B is symmetric, A is not:
+    U x is A X B / √size for x as rows X [len(A), len(B)].
+    """
+    left = tables.hadamard(order(size))
+    while (2 * len(left)) ** 2 <= size:
+        left = np.kron(left, _PAIR)
+    right = functools.reduce(np.kron, [_PAIR] * ((size // len(left)).bit_length() - 1), np.ones((1, 1), np.int8))
+    return left, right
+
+
+_PAIR = np.array([[1, 1], [1, -1]], np.int8)
+
+
+def hadamard(columns: Array, size: int, inverse: bool = False) -> Array:
+    """X · Uᵀ for X = ``columns`` [..., length], of the orthonormal block-diagonal U; X · U for the inverse."""
     if size == 1:
         return columns
-    shape, half = columns.shape, 1
-    while half < size:
+    shape, half, known = columns.shape, 1, order(size)
+    while half < size // known:
         pairs = columns.reshape(-1, shape[-1] // (2 * half), 2, half)
         columns = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
         half *= 2
+    if known > 1:
+        turn = tables.hadamard(known).astype(columns.dtype)
+        columns = (turn.T if inverse else turn) @ columns.reshape(-1, known, size // known)
     out: Array = columns.reshape(shape) / np.sqrt(columns.dtype.type(size))
     return out
 
@@ -74,7 +104,7 @@ def hadamard(columns: Array, size: int) -> Array:
 def _turn(columns: Array, side: Side, matrix: Array | None, inverse: bool) -> Array:
     """X · Uᵀ (or X · U for the inverse) for X = columns [..., length]."""
     if matrix is None:
-        return hadamard(columns, side.size)
+        return hadamard(columns, side.size, inverse)
     turn = matrix.astype(np.float64)
     blocked = columns.reshape(*columns.shape[:-1], -1, side.size)
     out: Array = (blocked @ (turn if inverse else turn.T)).reshape(columns.shape)

@@ -1,5 +1,5 @@
-"""Named tables: the one place where a magic table exists. They are data of the specification, in
-``spec/tables/NAME.json``.
+"""Named tables and Hadamard matrices: the one place where magic numbers exist. They are data of the specification, in
+``spec/tables/NAME.json`` and ``spec/hadamard.json``.
 """
 
 from __future__ import annotations
@@ -38,3 +38,24 @@ def named(name: str) -> Array:
     table = np.array(data["entries"], NUMPY[data["dtype"]])
     table.flags.writeable = False
     return table
+
+
+@functools.cache
+def hadamard(order: int) -> Array:
+    """The Hadamard matrix of ``order`` 1, 12, 20, ...: ones and minus ones, int8 [order, order], not symmetric;
+    read-only.
+    """
+    matrix = np.ones((1, 1), np.int8)
+    if order != 1:
+        if str(order) not in (known := _hadamards()):
+            raise UnsupportedError(f"a Hadamard matrix of order 1, {', '.join(known)}", str(order))
+        rows = [np.frombuffer(bytes.fromhex(row.zfill(len(row) + len(row) % 2)), np.uint8) for row in known[str(order)]]
+        matrix = 1 - 2 * np.unpackbits(np.stack(rows), axis=1)[:, -order:].astype(np.int8)
+    matrix.flags.writeable = False
+    return matrix
+
+
+@functools.cache
+def _hadamards() -> dict[str, list[str]]:
+    """Order -> the rows of the matrix in hexadecimal."""
+    return dict(json.loads(resource("spec/hadamard.json").read_text())["matrices"])

@@ -269,6 +269,19 @@ def transposed(m: Matrix) -> Matrix:
     return [list(row) for row in zip(*m, strict=True)]
 
 
+def hadamard(size: int) -> Matrix:
+    odd = size
+    while odd % 2 == 0:
+        odd //= 2
+    signs = [[1]]
+    if odd > 1:
+        strings = json.loads((TABLES.parent / "hadamard.json").read_text())["matrices"][str(4 * odd)]
+        signs = [[-1 if int(row[j // 4], 16) >> (3 - j % 4) & 1 else 1 for j in range(4 * odd)] for row in strings]
+    m = size // len(signs)
+    sylvester = [[(-1) ** (i & j).bit_count() for j in range(m)] for i in range(m)]
+    return [[h * s / math.sqrt(size) for h in a for s in i] for a in signs for i in sylvester]
+
+
 def undo_side(m: Matrix, side: dict[str, Any], name: str, parts: dict[str, Tensor]) -> Matrix:
     """m · Uᵀ · Pᵀ · diag(scale), for the side of columns."""
     size = side.get("size", 1)
@@ -276,7 +289,7 @@ def undo_side(m: Matrix, side: dict[str, Any], name: str, parts: dict[str, Tenso
         flat = parts[f"{name}_matrix"].values
         U = [flat[i * size : (i + 1) * size] for i in range(size)]
     else:
-        U = [[(-1) ** (i & j).bit_count() / math.sqrt(size) for j in range(size)] for i in range(size)]
+        U = hadamard(size)
     if size > 1 or "matrix" in side:
         m = [[sum(map(mul, U[j % size], row[j // size * size :])) for j in range(len(row))] for row in m]
     if "perm" in side:

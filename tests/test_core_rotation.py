@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making import part, seeds
 
-from qformat import rotation
+from qformat import rotation, tables
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UnsupportedError
 from qformat.records import read_record
 from qformat.rotation import Rotation
 
-length = st.sampled_from([1, 2, 4, 6, 8, 12, 16, 24, 32])
+length = st.sampled_from([1, 2, 4, 6, 8, 12, 16, 24, 28, 32, 40, 48])
+
+
+SIZES = {1, 2, 4, 8, 16, 32, 12, 24, 48, 20, 40, 28}
 
 
 @st.composite
@@ -24,7 +28,7 @@ def sides(draw: st.DrawFn, length: int) -> dict[str, Any] | None:
     if draw(st.booleans()):
         return None
     matrix = draw(st.sampled_from([None, "float16", "bfloat16", "float32", "float64"]))
-    divisors = [n for n in range(1, length + 1) if length % n == 0 and (matrix or n & (n - 1) == 0)]
+    divisors = [n for n in range(1, length + 1) if length % n == 0 and (matrix or n in SIZES)]
     scale = draw(st.sampled_from([None, "float16", "bfloat16", "float32", "int8"]))
     side = {"size": draw(st.sampled_from(divisors)), "scale": scale, "matrix": matrix}
     return {key: value for key, value in {**side, "perm": draw(st.sampled_from([None, "int32"]))}.items() if value}
@@ -45,8 +49,15 @@ def vectors(rng: np.random.Generator, turn: Rotation, shape: tuple[int, int]) ->
     return parts
 
 
-def sylvester(size: int) -> Array:
-    return np.array([[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]) / np.sqrt(size)
+def block(size: int) -> Array:
+    """H_K ⊗ Sylvester, element by element."""
+    order = next((k for k in (28, 20, 12) if size % k == 0), 1)
+    fast, slow = size // order, tables.hadamard(order).astype(np.float64)
+    signs = [
+        [slow[i // fast, j // fast] * (-1) ** (i % fast & j % fast).bit_count() for j in range(size)]
+        for i in range(size)
+    ]
+    return np.array(signs) / np.sqrt(size)
 
 
 def by_hand(turn: Rotation, name: str, length: int, parts: dict[str, Array]) -> Array:
@@ -54,8 +65,8 @@ def by_hand(turn: Rotation, name: str, length: int, parts: dict[str, Array]) -> 
     side = dict(turn.sides()).get(name)
     if side is None:
         return np.eye(length)
-    block = parts[f"{name}_matrix"].astype(np.float64) if side.matrix else sylvester(side.size)
-    full = np.kron(np.eye(length // side.size), block)
+    one = parts[f"{name}_matrix"].astype(np.float64) if side.matrix else block(side.size)
+    full = np.kron(np.eye(length // side.size), one)
     if side.perm is not None:
         placed = np.zeros((length, length))
         placed[parts[f"{name}_perm"], np.arange(length)] = 1  # (P X)[perm[j], :] = X[j, :]
@@ -125,5 +136,29 @@ def test_vectors_that_are_none(side: dict[str, Any], parts: dict[str, Array], me
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(DamagedError, match="divides 12, found 8"):
         rotation.layout(read_record(Rotation, {"in": {"size": 8}}), (4, 12))
-    with pytest.raises(UnsupportedError, match="power of two, found 12"):
-        rotation.layout(read_record(Rotation, {"in": {"size": 12}}), (4, 12))
+    for size, expected in (
+        (6, "multiple of 12"),
+        (3, "multiple of 12"),
+        (44, "order 1, 12, 20, 28, 36, 52"),
+        (4 * 173, "172"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{expected}.*, found {size}"):
+            rotation.layout(read_record(Rotation, {"in": {"size": size}}), (4, size))
+
+
+def test_the_matrices_are_those_of_the_authors_of_quip_and_qtip() -> None:
+    """Their own int8 matrices, one after the other, have this digest; none but 28 and 36 are symmetric."""
+    orders = (12, 20, 28, 36, 52, 60, 108, 116, 124, 140, 156, 172)
+    every = [tables.hadamard(order) for order in orders]
+    digest = "d8e20babc7110790cb95aad569093b6d78b6020cadffc1f28029966868e85881"
+    assert hashlib.sha256(b"".join(one.tobytes() for one in every)).hexdigest() == digest
+    assert [len(one) for one in every if np.array_equal(one, one.T)] == [28, 36]
+
+
+@pytest.mark.parametrize("size", [1, 2, 32, 12, 24, 160, 172 * 4])
+def test_the_factors_of_a_block(size: int) -> None:
+    left, right = rotation.factors(size)
+    x = np.random.default_rng(size).standard_normal((3, size))
+    product = (left @ x.reshape(3, len(left), len(right)) @ right).reshape(3, size) / np.sqrt(size)
+    np.testing.assert_allclose(product, rotation.hadamard(x, size), atol=1e-12)
+    np.testing.assert_allclose(rotation.hadamard(product, size, inverse=True), x, atol=1e-12)

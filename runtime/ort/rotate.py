@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
 
-from qformat.dtypes import Array
-from qformat.rotation import Side
+from qformat.rotation import Side, factors
 
 from .body import Body
 
@@ -44,11 +42,10 @@ def _turn(body: Body, name: str, side: Side, x: str, length: int, transpose: boo
         matrix = body.widen(f"{name}_matrix", side.matrix)
         turn = matrix if transpose else body.op("Transpose", matrix)
         turned = body.op("MatMul", _blocks(body, x, length // side.size, side.size), turn)
-    elif side.size > 1:
-        a = 1 << (side.size.bit_length() - 1) // 2  # two small products, as H(a·b) = H(a) ⊗ H(b)
-        b = side.size // a
-        left, right = (body.cast(body.constant(_sylvester(n)), "float32") for n in (a, b))
-        product = body.op("MatMul", left, _blocks(body, x, length // side.size, a, b))
+    elif side.size > 1:  # two small products, as U = A ⊗ B
+        a, b = factors(side.size)
+        left, right = (body.cast(body.constant(factor), "float32") for factor in (a.T if transpose else a, b))
+        product = body.op("MatMul", left, _blocks(body, x, length // side.size, len(a), len(b)))
         turned = body.op("Mul", body.op("MatMul", product, right), np.float32(1 / math.sqrt(side.size)))
     else:
         return x
@@ -58,9 +55,3 @@ def _turn(body: Body, name: str, side: Side, x: str, length: int, transpose: boo
 def _blocks(body: Body, x: str, *shape: int) -> str:
     """[..., length] -> [..., *shape]."""
     return body.op("Reshape", x, body.op("Concat", body.op("Shape", x, end=-1), np.array(shape, np.int64), axis=0))
-
-
-def _sylvester(size: int) -> Array:
-    """Ones and minus ones, int8 [size, size]."""
-    pair = np.array([[1, 1], [1, -1]], np.int8)
-    return functools.reduce(np.kron, [pair] * (size.bit_length() - 1), np.ones((1, 1), np.int8))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qformat.rotation import Side
+from qformat.rotation import Side, factors
 
 
 def undo(name: str, side: Side | None, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -45,22 +45,19 @@ def _turn(x: Tensor, size: int, matrix: Tensor | None, transpose: bool) -> Tenso
     if matrix is not None:
         turn = matrix.to(x.dtype)
         return (x.unflatten(-1, (-1, size)) @ (turn if transpose else turn.mT)).flatten(-2)
-    return hadamard(x, size)
+    return hadamard(x, size, transpose)
 
 
-def hadamard(x: Tensor, size: int) -> Tensor:
-    """Times the orthonormal block-diagonal Sylvester matrix: two small products, as H(a·b) = H(a) ⊗ H(b)."""
+def hadamard(x: Tensor, size: int, transpose: bool = False) -> Tensor:
+    """Times the orthonormal block-diagonal Hadamard matrix U, or Uᵀ: two small products, as U = A ⊗ B."""
     if size == 1:
         return x
-    a = 1 << (size.bit_length() - 1) // 2
-    left, right = (_sylvester(n, x.dtype, x.device) for n in (a, size // a))
-    blocks = left @ x.reshape(-1, a, size // a) @ right
+    left, right = _factors(size, x.dtype, x.device)
+    blocks = (left.mT if transpose else left) @ x.reshape(-1, len(left), len(right)) @ right
     return (blocks * (1 / math.sqrt(size))).reshape(x.shape)
 
 
 @functools.cache
-def _sylvester(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of ones and minus ones [size, size]."""
-    one = torch.ones(1, 1, dtype=dtype, device=device)
-    pair = torch.tensor([[1, 1], [1, -1]], dtype=dtype, device=device)
-    return functools.reduce(torch.kron, [pair] * (size.bit_length() - 1), one)
+def _factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    left, right = (torch.tensor(factor.tolist(), dtype=dtype, device=device) for factor in factors(size))
+    return left, right

@@ -25,6 +25,25 @@ def drafts() -> Iterator[Draft]:
     both = {"in": {"size": 8, "scale": "float16"}, "out": {"size": 2, "scale": "float32"}}
     yield turned("both", "both sides, each with its scale", "R1 R2 R4", both)
     yield turned("one-block", "a block of 64: the whole input side", "R2", {"in": {"size": 64}}, (4, 64))
+    yield turned(
+        "order-12",
+        "blocks of 24 = 12 · 2 on the input side: the matrix of order 12 is transposed",
+        "R1 R2",
+        {"in": {"size": 24}},
+    )
+    yield turned("order-28", "a block of 28 on the output side", "R1 R2", {"out": {"size": 28}}, (28, 24))
+    orders = {"in": {"size": 40, "scale": "float16"}, "out": {"size": 48, "scale": "float32"}}
+    yield turned(
+        "orders",
+        "two blocks of 40 = 20 · 2 and two of 48 = 12 · 4, with scales",
+        "R1 R2 R4 V10",
+        orders,
+        (96, 80),
+        slices=[(0, 48, 96), (1, 0, 40), (1, 0, 8, "unsupported")],
+    )
+    for order in (36, 52, 60, 108, 116, 124, 140, 156, 172):
+        what = f"a block of {order} on the input side"
+        yield turned(f"order-{order}", what, "R2", {"in": {"size": order}}, (1, order))
     signs = {"in": {"size": 8, "scale": "int8"}, "out": {"size": 8, "scale": "int8"}}
     yield turned("signs", "signs of int8 on both sides", "R4", signs)
     yield turned("scale-alone", "a scale without a transform", "R4", {"in": {"scale": "bfloat16"}})
@@ -93,7 +112,8 @@ def _invalid() -> Iterator[Draft]:
 
     yield bad("size", "a size that does not divide the columns", "R7", {"in": {"size": 16}})
     yield bad("size-zero", "a size of 0", "M4 R7", {"in": {"size": 0}})
-    yield bad("size-24", "a Hadamard matrix that is not of a power of two", "R8", {"in": {"size": 24}}, "unsupported")
+    yield bad("size-6", "6 is neither a power of two nor 12 times one", "R8", {"in": {"size": 6}}, "unsupported")
+    yield bad("size-3", "an odd size", "R8", {"in": {"size": 3}}, "unsupported")
     perm = np.arange(24, dtype=np.int32)
     perm[3] = 4
     matrix = np.eye(6, dtype=np.float32)

@@ -40,6 +40,7 @@ ENTRIES = {
     "scaled": making.entry((24, 64), INT, rotation={"in": {"scale": "bfloat16"}}),
     "placed": making.entry((24, 64), INT, rotation={"out": {"size": 2, "perm": "int32"}}),
     "turned": making.entry((32, 64), INT, rotation=TURN),
+    "turned-56-12": making.entry((24, 112), INT, rotation={"in": {"size": 56}, "out": {"size": 12}}),
     "fully-turned": making.entry((24, 64), INT, rotation=FULL),
     "trellis-turned-padded": making.entry((21, 50), HASH, stored_shape=[32, 64], rotation=TURN),
     "sum-rounded": making.entry((24, 64), INT, NF4, sum_dtype="float16"),

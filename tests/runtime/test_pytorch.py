@@ -51,6 +51,7 @@ CASES = {
     "int-turned": making.entry((48, 96), INT, rotation=TURN),
     "table-turned": making.entry((48, 96), GRID, rotation={"in": {"size": 8}}),
     "trellis-turned": making.entry((37, 90), HASH, stored_shape=[48, 96], rotation=TURN),
+    "int-turned-24-20": making.entry((40, 96), INT, rotation={"in": {"size": 24}, "out": {"size": 20}}),
     "int-fully-turned": making.entry((12, 40), INT, rotation=FULL),
     "int-scaled": making.entry((12, 40), INT, rotation={"in": {"scale": "float32"}}),
     "sum": making.entry((32, 64), HASH, INT),
