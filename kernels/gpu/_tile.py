@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import torch
 import triton
 import triton.language as tl
@@ -22,19 +24,21 @@ from torch import Tensor
 from qformat import blocks, codecs, tables
 from qformat.errors import DamagedError, UnsupportedError
 
-MANY, ONE = (16, 64), (1, 256)  # rows and columns of a tile: a matrix, or a single row
+MANY, ONE = (16, 128), (1, 256)  # rows and columns of a tile: a matrix, or a single row
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 READ = (*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32)  # what every GPU loads
 MOST_COLUMNS = 1 << 27  # the bits of a row are counted in int32; the elements of a matrix in int64
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Tile:
     rows: int
     cols: int
     ragged: bool  # the output has no whole number of them
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """How a kernel finds the block of an element."""
 
     rows: int  # of a block; 0: all
@@ -59,11 +63,22 @@ def units_touched(width: int, step: int, unit: int = 8) -> int:
     return -(-(unit - gcd(unit, step) + width) // unit)
 
 
+def plain(params: Any) -> Any:
+    """The params of parts that come decoded where they are packed by themselves; hashable."""
+    packed = {name: "float32" for name in params.__struct_fields__ if isinstance(getattr(params, name), Mapping)}
+    return msgspec.structs.replace(params, **packed) if packed else params
+
+
 def check(codec: str, params: Any, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> None:
     """Raise :class:`DamagedError` where the parts are not those of the layout: a kernel trusts their sizes."""
-    for part in codecs.get(codec).layout(params, shape):
-        if tuple(parts[part.name].shape) != part.shape:
-            raise DamagedError(f"{part.name} {list(part.shape)}", str(list(parts[part.name].shape)))
+    for name, expected in _shapes(codec, params, shape):
+        if parts[name].shape != expected:
+            raise DamagedError(f"{name} {list(expected)}", str(list(parts[name].shape)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(codec: str, params: Any, shape: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(part.name, part.shape) for part in codecs.get(codec).layout(params, shape)]
 
 
 def readable(part: Tensor | None) -> Tensor | None:

@@ -32,6 +32,7 @@ def dequantize(
     Parts that are packed by themselves come decoded. A row or a group that is not there gives NaN. Raises
     :class:`DamagedError` where the parts are not those of the layout.
     """
+    params = _tile.plain(params)
     _tile.check(NAME, params, shape, parts)
     side = {name: _tile.readable(parts.get(name)) for name in ("scales", "zeros", "offsets", "groups")}
     return _tile.launch(
@@ -73,10 +74,10 @@ def kernel(
         at = block(row, col, cols, BLOCKS)
         scale = widened(tl.load(scales + at))
     else:
-        count = tl.cdiv(cols, BLOCKS.cols) if BLOCKS.cols else 1
-        group = tl.load(groups + col)
-        at = block(row, 0, cols, BLOCKS) + within(group, count)
-        scale = tl.where((group >= 0) & (group < count), widened(tl.load(scales + at)), float("nan"))
+        number = tl.cdiv(cols, BLOCKS.cols) if BLOCKS.cols else 1
+        group = tl.load(groups + (row * 0 + col))  # as a whole tile: one row would be divided among the threads anew
+        at = block(row, 0, cols, BLOCKS) + within(group, number)
+        scale = tl.where((group >= 0) & (group < number), widened(tl.load(scales + at)), float("nan"))
     if offsets is not None:
         offset = widened(tl.load(offsets + at))
         if ROUNDING == "fused":

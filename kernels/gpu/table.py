@@ -32,6 +32,7 @@ def dequantize(
     Scales that are packed by themselves come decoded. A row that is not there gives NaN. Raises :class:`DamagedError`
     where the parts are not those of the layout.
     """
+    params = _tile.plain(params)
     _tile.check(NAME, params, shape, parts)
     codes = parts["codes"].contiguous()
     named = None if params.stored else _tile.named_table(params.table, codes.device)

@@ -36,11 +36,11 @@ def dequantize(
     Scales that are packed by themselves come decoded. A row that is not there gives NaN. Raises :class:`DamagedError`
     where the parts are not those of the layout.
     """
+    params = _tile.plain(params)
     _tile.check(NAME, params, shape, parts)
     codes = parts["codes"].contiguous()
-    if params.string_bits % 16 == 0 and codes.storage_offset() % 2 == 0:
+    if codes.shape[-1] % 2 == 0 and codes.storage_offset() % 2 == 0:
         codes = codes.view(torch.uint16)  # fewer loads
-    unit = 8 * codes.element_size()
     table = _tile.readable(parts.get("table"))
     if params.table and table is None:
         table = _tile.named_table(params.table, codes.device)
@@ -51,12 +51,13 @@ def dequantize(
         table=table,
         scales=_tile.readable(parts.get("scales")),
         BLOCKS=_tile.blocks_of(params.block, None, shape),
-        SIZE=params.string_bits // unit,
-        UNITS=_tile.units_touched(params.L, 1, unit),
+        SIZE=codes.shape[-1],
+        UNITS=_tile.units_touched(params.L, 1, 8 * codes.element_size()),
         P=common,
     )
 
 
+@functools.lru_cache(maxsize=64)
 def _common(params: Params) -> Params:
     """What weights of equal settings have in common, a multiplier of its own filled in."""
     multiplier = states.MULTIPLIERS.get(params.code) if params.multiplier is None else params.multiplier
