@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
 import safetensors
@@ -250,3 +251,11 @@ def test_a_config_with_infinity_is_read(tmp_path: Path) -> None:
     path = dense_folder(tmp_path / "m", {"a": ONE})
     (path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
     assert checkpoint.open(path).config == {"time_step_limit": [0.0, float("inf")]}
+
+
+def test_a_weight_whose_parts_do_not_fit_is_never_handed_out(packed_folder: Path) -> None:
+    hostile.tensors(packed_folder, lambda found: found.update({"l.1.weight_codes": np.zeros((4, 15), np.uint8)}))
+    opened = checkpoint.open(packed_folder)
+    assert opened["l.0.weight"].decode().shape == (4, 32)
+    with pytest.raises(DamagedError, match=r"l.1.weight: expected part codes uint8 \[4, 16\], found uint8 \[4, 15\]"):
+        opened["l.1.weight"]
