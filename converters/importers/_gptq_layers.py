@@ -84,7 +84,7 @@ def _marlin(module: Module, rules: Rules) -> Layer:
         raise module.error("B", f"bits {rules.bits} ({rules.where})", "marlin, which has 4")
     if twice % 128 or scales.shape[1] != rows or cols % groups:
         raise module.error("s", f"whole groups of {cols} columns, and {rows} outputs in 64s", str(list(scales.shape)))
-    group = _group(module, "s", rules, cols, groups)
+    group = group_size(module, "s", rules, cols, groups)
     return Layer(module, 4, rows, cols, group, scales.dtype, form="marlin", zero=MARLIN_ZERO)
 
 
@@ -106,7 +106,7 @@ def _layer(source: Checkpoint, module: Module, rules: Rules) -> Layer:
         raise module.error("qweight" if g_idx is None else "g_idx", f"{32 * packed // bits} columns, {held}", str(cols))
     if g_idx is None and groups > 1 and rules.desc_act and not rules.static_groups:
         raise module.error("scales", f"{module.name}.g_idx beside it, as desc_act deals columns to groups", "none")
-    group = _group(module, "scales", rules, cols, groups, g_idx)
+    group = group_size(module, "scales", rules, cols, groups, g_idx)
     return Layer(
         module,
         bits,
@@ -156,7 +156,7 @@ def _g_idx(module: Module, groups: int) -> Array | None:
     return g_idx
 
 
-def _group(module: Module, part: str, rules: Rules, cols: int, groups: int, g_idx: Array | None = None) -> int:
+def group_size(module: Module, part: str, rules: Rules, cols: int, groups: int, g_idx: Array | None = None) -> int:
     """Columns of a group by the settings, held against the number of groups."""
     size = rules.group_size
     if size is None:

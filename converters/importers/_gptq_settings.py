@@ -65,9 +65,9 @@ def read(source: Checkpoint, found: Sequence[Settings]) -> Rules:
     rules = Rules(
         where=found[0].file if found else Rules.where,
         formats=_formats(found),
-        by_gptqmodel=_by_gptqmodel(found),
-        dynamic=_dynamic(source, common.agreed(source, found, "dynamic")),
-        **_checked(source, {key: common.agreed(source, found, key) for key in ALLOWED}),
+        by_gptqmodel=written_by_gptqmodel(found),
+        dynamic=dynamic_of(source, common.agreed(source, found, "dynamic")),
+        **checked(source, {key: common.agreed(source, found, key) for key in ALLOWED}),
     )
     if len(rules.formats) > 1 and any(form == MARLIN for _, form in rules.formats):
         raise conflict(source, rules, "")
@@ -85,7 +85,7 @@ def conflict(source: Checkpoint, rules: Rules, evidence: str) -> DamagedError:
     return DamagedError(expected, f"{other!r} in {second}{evidence}", file=source.folder / second, hint=hint)
 
 
-def _checked(source: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
+def checked(source: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``values`` that a layer's rules hold, checked."""
     out = {key: value for key, value in values.items() if key in ALLOWED and value is not None}
     for key, value in out.items():
@@ -104,7 +104,7 @@ def _formats(found: Sequence[Settings]) -> tuple[tuple[str, str], ...]:
     return tuple((file, form) for form, file in out.items())
 
 
-def _by_gptqmodel(found: Sequence[Settings]) -> bool:
+def written_by_gptqmodel(found: Sequence[Settings]) -> bool:
     for _, values in found:
         meta = values.get("meta")
         if isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer")).lower():
@@ -112,7 +112,7 @@ def _by_gptqmodel(found: Sequence[Settings]) -> bool:
     return False
 
 
-def _dynamic(source: Checkpoint, dynamic: Any) -> tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]:
+def dynamic_of(source: Checkpoint, dynamic: Any) -> tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]:
     if dynamic is None or dynamic is False:
         return ()
     if not isinstance(dynamic, Mapping) or not all(isinstance(one, Mapping) for one in dynamic.values()):
@@ -127,5 +127,5 @@ def _dynamic(source: Checkpoint, dynamic: Any) -> tuple[tuple[re.Pattern[str], M
             pattern = re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise DamagedError("dynamic with regular expressions", f"{key!r}: {error}", file=source.path) from None
-        out.append((pattern, None if sign == "-:" else _checked(source, overrides)))
+        out.append((pattern, None if sign == "-:" else checked(source, overrides)))
     return tuple(out)

@@ -110,6 +110,21 @@ def _ones(bits: int) -> np.uint32:
     return np.uint32(sum(1 << at for at in range(0, 32, bits)))
 
 
+def in_order(codes: Array) -> Array:
+    """AWQ's codes, in runs of 8 along the last axis stored as 0 2 4 6 1 3 5 7, in their own order."""
+    runs = codes.reshape(-1, 8)
+    return runs[:, [0, 4, 1, 5, 2, 6, 3, 7]].reshape(codes.shape)
+
+
+def gemv_fast_codes(words: Array) -> Array:
+    """AWQ's gemv_fast, int16 [out / 4, in] -> codes, uint8 [out, in]: four rows a block, 64 columns a run."""
+    blocks, cols = words.shape
+    stored = fields.unpack(words.view(np.uint8), 4, 4 * cols).reshape(blocks, cols // 64, 4, 2, 4, 2, 4)
+    runs = stored.swapaxes(-1, -2).reshape(blocks, cols // 64, 4, 2, 4, 4, 2)  # ..., row, half, then 32 columns
+    plain = runs.swapaxes(-2, -3).reshape(blocks, cols // 64, 4, 64)
+    return np.ascontiguousarray(plain.swapaxes(1, 2)).reshape(4 * blocks, cols)
+
+
 def marlin_codes(words: Array) -> Array:
     """Marlin's ``B``, int32 [in / 16, 2 * out] -> codes, uint8 [out, in]."""
     stored = fields.unpack(words.view(np.uint8), 4, 8 * words.shape[1]).reshape(-1, 1024)

@@ -21,9 +21,11 @@ from ..plan import Item, Plan, passed
 from . import _common as common
 from . import _gptq_layers as layers
 from . import _gptq_settings as settings
+from . import _groups as groups
 from . import _roles as roles
 from . import _words as words
 from ._gptq_layers import Layer
+from ._groups import Names
 
 NAME = "gptq"
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types with weights [in, out] ...
@@ -98,32 +100,15 @@ def _parts(layer: Layer) -> dict[str, Array]:
         zeros = np.full(scales.shape, layer.zero, np.int16)
     else:
         zeros = layers.stored_zeros(layer, layer.convention)
-    _check_codes(layer, codes, scales, zeros)
+    group = module.array("g_idx") if layer.scattered else np.arange(layer.cols) // layer.group
+    names = Names("B", "s") if layer.form == "marlin" else Names("qweight", "scales")
+    groups.check(module, names, layer.bits, codes, scales, zeros, group)
     parts = {"codes": codes, "scales": words.transposed(scales)}
     if layer.zeros is not None:
         parts["zeros"] = words.transposed(zeros).astype(layer.zeros)
     if layer.scattered:
         parts["groups"] = module.array("g_idx")
     return parts
-
-
-def _check_codes(layer: Layer, codes: Array, scales: Array, zeros: Array) -> None:
-    """Refuse what an interrupted save leaves: one code throughout, or scales of 0, that do not mean values of 0."""
-    module, (name, scale) = layer.module, ("B", "s") if layer.form == "marlin" else ("qweight", "scales")
-    first = fields.unpack(codes[:1], layer.bits, layer.cols)
-    code = int(first[0, 0])
-    if (first == code).all() and (codes == codes[0]).all() and (zeros != code).any():
-        raise module.error(name, "codes that differ, or all the zero", f"{code} throughout", hint=common.PARTIAL)
-    rows = np.flatnonzero((scales == 0).any(axis=0))
-    if rows.size == 0:
-        return
-    group = module.array("g_idx") if layer.scattered else np.arange(layer.cols) // layer.group
-    nonzero = fields.unpack(codes[rows], layer.bits, layer.cols) != zeros[:, rows][group].T
-    lost = nonzero & (scales[:, rows] == 0)[group].T
-    if lost.any():
-        row, column = np.argwhere(lost)[0]
-        where = [int(group[column]), int(rows[row])]
-        raise module.error(scale, "scales other than 0 where codes differ from the zero", f"0 at {where}")
 
 
 def _biases(source: Checkpoint, packed: Sequence[Layer]) -> tuple[list[str], list[str]]:

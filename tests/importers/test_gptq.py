@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qformat import checkpoint
+from qformat.converters import importers
 from qformat.converters.convert import convert
-from qformat.converters.importers import find
 from qformat.dtypes import NUMPY, Array
 from qformat.errors import DamagedError, QformatError, UnsupportedError
 
@@ -157,8 +157,7 @@ def test_others_are_not_taken_for_gptq(tmp_path: Path, method: str) -> None:
     named = foreign.write(tmp_path / "named", tensors, {"quantization_config": settings | {"quant_method": method}})
     unnamed = foreign.write(tmp_path / "unnamed", tensors, {}, quant_config=settings)
     for folder in (named, unnamed):
-        with pytest.raises(UnsupportedError):
-            find(checkpoint.open(folder))
+        assert importers.get("gptq").detect(checkpoint.open(folder)) == ""
     wrong = foreign.write(tmp_path / "wrong", tensors, {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     with pytest.raises(DamagedError, match=r"q_proj\.scales"):
         foreign.plan_of(wrong)
