@@ -4,8 +4,9 @@
 
 Each row is the kernel that ``dequantize`` would launch for one packed matrix, compiled for one GPU through Triton's own
 launcher. On NVIDIA the figures are those of ``ptxas -v``, on AMD those that the assembly text states. ``instructions``
-are those of the whole kernel for each element that a thread makes; nothing runs, no figure is a speed. Exit code 1 where
-a kernel spills.
+are those of the whole kernel for each element that a thread makes. Nothing runs: no figure is a speed.
+
+Exit code 1 where a kernel spills.
 """
 
 from __future__ import annotations
@@ -172,8 +173,9 @@ def main() -> int:
             keys = ("name", "target", "registers", "spills", "shared", "instructions")
             print(*(f"{key} {row[key]}" for key in keys), flush=True)
     head = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "machine": platform.machine()}
+    lines = ",\n".join(json.dumps(row) for row in rows)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    options.out.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
     return int(any(row["spills"] for row in rows))
 
 

@@ -51,8 +51,8 @@ def matrices() -> Iterator[Case]:
     yield {**four, "block": [5, 1], "view": [5, 18], "zeros": "float16"}, (15, 6)
     yield {**four, "block": [1, 8], "view": [1, 96], "offsets": "float32"}, (4, 24)
     for rounding, dtype in itertools.product(("once", "each", "fused"), making.FLOATS):
-        more = {"rounding": rounding, "round_dtype": dtype, "scales": "bfloat16"}
-        yield {**four, "bits": 8, "block": [1, 4], "offsets": "bfloat16", **more}, (4, 33)
+        more = {"rounding": rounding, "round_dtype": dtype, "scales": "float32"}
+        yield {**four, "bits": 8, "block": [1, 4], "offsets": "float32", **more}, (4, 33)
         yield {**four, "bits": 8, "block": [1, 4], "zeros": "float32", **more}, (4, 33)
     for bits, p in ((1, 4), (5, 1), (8, 2), (9, 1), (11, 1), (12, 4), (15, 2), (16, 1)):
         stored = {"codec": "table", "bits": bits, "p": p, "table": "bfloat16" if p == 1 else "float16"}
@@ -68,7 +68,7 @@ def matrices() -> Iterator[Case]:
     for bits in (2, 3, 4):
         yield {"codec": "trellis", **trellis_codec.preset(bits, False, {})}, (16, 48)
     base = {"codec": "trellis", "order": EXL3, "reversed": True}
-    for L, code in itertools.product((8, 9, 13, 16), ("1mad", "3inst", "mcg", "mul1")):
+    for L, code in itertools.product((8, 9, 13, 16), ("1mad", "2mad", "3inst", "mcg", "mul1")):
         yield {**base, "L": L, "bits": [1], "code": code, "block": [3, -1], "scales": "float16"}, (32, 16)
     yield {**base, "L": 16, "bits": [2, 2, 2, 3], "code": "mcg", "multiplier": 5}, (16, 16)
     yield {**base, "L": 16, "bits": [3], "V": 2, "code": "hyb", "index": [9], "table": "hyb-q9"}, (16, 32)
@@ -234,9 +234,9 @@ def all_states(out, table, P: tl.constexpr, SIZE: tl.constexpr):
     tl.store(out + at, trellis.stands_for((at // P.V).to(tl.uint32), at % P.V, table, P))
 
 
-@pytest.mark.parametrize("code", ["1mad", "3inst", "mcg", "mul1", "hyb", "hash", "hash-sum", "table"])
+@pytest.mark.parametrize("code", ["1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "lut", "hash", "hash-sum", "table"])
 def test_every_state_of_16_bits(code: str) -> None:
-    more: dict[str, Any] = {"code": code.partition("-")[0], "V": 2 if code in ("hyb", "table") else 1}
+    more: dict[str, Any] = {"code": code.partition("-")[0], "V": 2 if code in ("hyb", "lut", "table") else 1}
     if more["code"] == "hash":
         more |= {
             "index": [6, 5],
@@ -246,7 +246,7 @@ def test_every_state_of_16_bits(code: str) -> None:
             "table": "float32",
         }
     elif more["V"] == 2:
-        more |= {"index": [12], "table": "float16"} if code == "hyb" else {"table": "bfloat16"}
+        more |= {"index": [12], "table": "float16"} if code in ("hyb", "lut") else {"table": "bfloat16"}
     _, params = codecs.read_params({"codec": "trellis", "L": 16, "bits": [1], "order": PLAIN, **more})
     assert isinstance(params, trellis_codec.Params)
     parts = making.random_parts(np.random.default_rng(9), params, (16, 16))
