@@ -168,10 +168,27 @@ def table_terms(draw: st.DrawFn, shape: tuple[int, int]) -> dict[str, Any]:
 
 
 @st.composite
+def additive_terms(draw: st.DrawFn, shape: tuple[int, int]) -> dict[str, Any]:
+    def divisors(n: int) -> list[int]:
+        return [d for d in range(1, 17) if n % d == 0]
+
+    scales = st.one_of(st.sampled_from(SCALES), int_terms((1, 1), 1))
+    return {
+        "codec": "additive",
+        "bits": draw(st.integers(1, 9)),
+        "books": draw(st.integers(1, 5)),
+        "group": [draw(st.sampled_from(divisors(n))) for n in shape],
+        "table": draw(st.sampled_from(FLOATS)),
+        "block": draw(_block),
+        **_given(scales=draw(_maybe(scales))),
+    }
+
+
+@st.composite
 def trellis_terms(draw: st.DrawFn, tiles: tuple[tuple[int, int], ...] = ((16, 16), (8, 16), (4, 8))) -> dict[str, Any]:
-    code = draw(st.sampled_from(["hash", "1mad", "3inst", "hyb", "mcg", "mul1", "table"]))
+    code = draw(st.sampled_from(["hash", "1mad", "2mad", "3inst", "hyb", "lut", "mcg", "mul1", "table"]))
     L = draw(st.integers(8, 16 if code != "table" else 10))
-    V = 2 if code == "hyb" else draw(st.sampled_from([1, 2])) if code == "table" else 1
+    V = 2 if code == "hyb" else draw(st.sampled_from([1, 2])) if code in ("lut", "table") else 1
     tile = draw(st.sampled_from(tiles))
     width = st.integers(1, min(8, L // V))
     lengths = [n for n in (1, 2, 4) if tile[0] * tile[1] // V % n == 0]
@@ -186,6 +203,8 @@ def trellis_terms(draw: st.DrawFn, tiles: tuple[tuple[int, int], ...] = ((16, 16
     elif code == "hyb":
         index = 9 if not stored else draw(st.integers(1, 10))
         more |= {"index": [index], "table": "float16" if stored or index != 9 else "hyb-q9"}
+    elif code == "lut":
+        more |= {"index": [draw(st.integers(1, 10))], "table": draw(st.sampled_from(FLOATS))}
     elif code == "table":
         more |= {"table": draw(st.sampled_from(["float16", "float32", "bfloat16", "int8"]))}
     elif code in ("mcg", "mul1") and stored:

@@ -231,15 +231,27 @@ def state_values(term: dict[str, Any], parts: dict[str, Tensor]) -> Callable[[in
         a, b = table[z >> 15 - Q & (1 << Q) - 1]
         return [-a if z >> 15 & 1 else a, b]
 
+    def lut(s: int) -> list[float]:
+        Q = term["index"][0]
+        return table[s * (s + 1) >> 16 - Q & (1 << Q) - 1]
+
+    def mad(x: int) -> list[float]:
+        return [f32((byte_sum(x & word) - 510) / 147.800537109375)]
+
+    def second(x: int) -> int:
+        return x + (x * 1664525 >> 32)
+
     multiplier = term.get("multiplier", MULTIPLIERS.get(code))
     functions: dict[str, Callable[[int], list[float]]] = {
-        "1mad": lambda s: [f32((byte_sum(s * 34038481 + 76625530 & word) - 510) / 147.800537109375)],
+        "1mad": lambda s: mad(s * 34038481 + 76625530),
+        "2mad": lambda s: mad(second(s * 264435761 + 1013904223 & word)),
         "3inst": lambda s: [halves(s * 89226354 + 64248484 & word)],
         "mcg": lambda s: [halves(s * multiplier & word)],
         "mul1": lambda s: [
             rounded((1024 + byte_sum(s * multiplier & word)) * (1774 * 2.0**-18) + -1329 * 2.0**-7, "float16")
         ],
         "hyb": hyb,
+        "lut": lut,
         "hash": lambda s: [hashed(s)],
         "table": lambda s: table[s][:V],
     }

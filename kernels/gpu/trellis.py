@@ -108,16 +108,27 @@ def stands_for(s, v, table, P: tl.constexpr):
         return widened(tl.load(table + s.to(tl.int32) * P.V + v))
     elif P.code == "hyb":
         return _hyb(s, v, table, P.index[0])
+    elif P.code == "lut":
+        at = (s * (s + 1) >> (16 - P.index[0]) & ((1 << P.index[0]) - 1)).to(tl.int32)
+        return widened(tl.load(table + at * P.V + v))
     elif P.code == "hash":
         return _hash(s, table, P)
     elif P.code == "1mad":
-        return tl.div_rn((_byte_sum(s * 34038481 + 76625530) - 510).to(tl.float32), 147.800537109375)
+        return _centred(s * 34038481 + 76625530)
+    elif P.code == "2mad":
+        x = s * 264435761 + 1013904223
+        return _centred(x + (x.to(tl.uint64) * 1664525 >> 32).to(tl.uint32))
     elif P.code == "3inst":
         return _two_halves(s * 89226354 + 64248484)
     elif P.code == "mcg":
         return _two_halves(s * P.multiplier)
     else:
         return _mul1(s * P.multiplier)
+
+
+@triton.jit
+def _centred(x):
+    return tl.div_rn((_byte_sum(x) - 510).to(tl.float32), 147.800537109375)
 
 
 @triton.jit

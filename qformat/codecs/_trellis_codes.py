@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 MULTIPLIERS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}  # of EXL3 since 2025-10; a file may carry others
 FACTORS = (2654435769, 668265263)  # 2**32 over the golden ratio, and one of xxHash: they mix the bits of a state
+NEEDS = {
+    "hash": ("index", "taps", "table"),
+    "hyb": ("index", "table"),
+    "lut": ("index", "table"),
+    "table": ("table",),
+}
+USES = {"hash": ("shift", "additive"), "mcg": ("multiplier",), "mul1": ("multiplier",)}  # besides
 STORED = ("float16", "bfloat16", "float32", "int8")
 
 
@@ -28,15 +35,14 @@ def table_shape(params: Params) -> tuple[int, int]:
     if params.code == "hash":
         u, v = params.index
         return (2**u + 2**v if params.additive else 2 ** (u + v), 1)
-    if params.code == "hyb":
+    if params.code in ("hyb", "lut"):
         return 2 ** params.index[0], params.V
     return 2**params.L, params.V
 
 
 def validate(params: Params) -> None:
     """Raise :class:`DamagedError` where params are given that the code has no use for, or lacks one."""
-    used = {"hash": {"index", "taps", "shift", "additive", "table"}, "hyb": {"index", "table"}, "table": {"table"}}
-    allowed = used.get(params.code, {"multiplier"} if params.code in MULTIPLIERS else set())
+    allowed = {*NEEDS.get(params.code, ()), *USES.get(params.code, ())}
     given = {
         name: getattr(params, name)
         for name, empty in (
@@ -51,15 +57,13 @@ def validate(params: Params) -> None:
     }
     for name in given.keys() - allowed:
         raise DamagedError(f"no {name} beside code {params.code}", str(given[name]))
-    for name in {"hash": ("index", "taps", "table"), "hyb": ("index", "table"), "table": ("table",)}.get(
-        params.code, ()
-    ):
+    for name in NEEDS.get(params.code, ()):
         if name not in given:
             raise DamagedError(f"{name} beside code {params.code}", "none")
-    width = {"hyb": (2,), "table": (1, 2)}.get(params.code, (1,))
+    width = {"hyb": (2,), "lut": (1, 2), "table": (1, 2)}.get(params.code, (1,))
     if params.V not in width:
         raise DamagedError(f"V = {width[0]} for code {params.code}", str(params.V))
-    if len(params.index) != {"hash": 2, "hyb": 1}.get(params.code, 0):
+    if len(params.index) != {"hash": 2, "hyb": 1, "lut": 1}.get(params.code, 0):
         raise DamagedError(
             f"an index of {2 if params.code == 'hash' else 1} numbers for code {params.code}", str(params.index)
         )
@@ -79,14 +83,16 @@ def expand(params: Params, table: Array | None) -> Array:
     if params.code == "table":
         assert table is not None
         return table.astype(np.float32)
-    if params.code == "hyb":
+    if params.code in ("hyb", "lut"):
         assert table is not None
-        return _hyb(s, table)
+        return _hyb(s, table) if params.code == "hyb" else _lut(s, table)
     if params.code == "hash":
         assert table is not None
         return _hash(params, s, table)[:, None]
     if params.code == "1mad":
         return _1mad(s)[:, None]
+    if params.code == "2mad":
+        return _2mad(s)[:, None]
     if params.code == "3inst":
         return _two_halves(s * np.uint32(89226354) + np.uint32(64248484))[:, None]
     multiplied = s * np.uint32(params.multiplier if params.multiplier is not None else MULTIPLIERS[params.code])
@@ -100,7 +106,17 @@ def _byte_sum(x: Array) -> Array:
 
 def _1mad(s: Array) -> Array:
     """QTIP, bitshift codebook, decode mode 1mad."""
-    x = s * np.uint32(34038481) + np.uint32(76625530)
+    return _centred(s * np.uint32(34038481) + np.uint32(76625530))
+
+
+def _2mad(s: Array) -> Array:
+    """QTIP, decode mode 2mad: the upper half of a second product is added to the first."""
+    x = s * np.uint32(264435761) + np.uint32(1013904223)
+    return _centred(x + (x.astype(np.uint64) * np.uint64(1664525) >> np.uint64(32)).astype(np.uint32))
+
+
+def _centred(x: Array) -> Array:
+    """The sum of four bytes with mean 0 and variance 1."""
     return (_byte_sum(x).astype(np.float32) - np.float32(510)) / np.float32(147.800537109375)
 
 
@@ -128,6 +144,13 @@ def _hyb(s: Array, table: Array) -> Array:
     return pairs
 
 
+def _lut(s: Array, table: Array) -> Array:
+    """QTIP's quantlut: the index alone."""
+    z = s * (s + np.uint32(1))
+    entries: Array = table[z >> np.uint32(17 - len(table).bit_length()) & np.uint32(len(table) - 1)].astype(np.float32)
+    return entries
+
+
 def _hash(params: Params, s: Array, table: Array) -> Array:
     """Two filtered copies of the bit string: u = s >> shift, v = xor of s >> tap; the entry at u | v << bits of u, or
     the sum of an entry for u and one for v.
@@ -144,7 +167,7 @@ def initial_table(params: Params) -> Array:
     """A table to encode with where the weight stores its own: Gaussian quantiles, each of the V values in an order of
     its own that mixes the state's bits.
 
-    Raises :class:`DamagedError` for ``hash`` and ``hyb``, for which there are named tables.
+    Raises :class:`DamagedError` for ``hash``, ``hyb`` and ``lut``, for which there are named tables.
     """
     assert params.table is not None
     if params.code != "table":

@@ -31,14 +31,14 @@ class Params(Record, frozen=True, kw_only=True):
     """``value = code(state) * scale``. ``bits`` is a cyclic list of bits per weight, one for each step; ``order``
     names, lowest first, the bit of the row (r) or column (c) that each bit of an element's number is. ``shift``,
     ``taps``, ``index`` and ``additive`` belong to the code ``hash`` (``index``, the bits of an index into a table, to
-    ``hyb`` too); ``multiplier`` to ``mcg`` and ``mul1``; ``table`` to ``hash``, ``hyb`` and ``table``: a named table,
-    or the dtype of the part ``table``.
+    ``hyb`` and ``lut`` too); ``multiplier`` to ``mcg`` and ``mul1``; ``table`` to ``hash``, ``hyb``, ``lut`` and
+    ``table``: a named table, or the dtype of the part ``table``.
     """
 
     L: Annotated[int, Meta(ge=8, le=16)]
     V: Literal[1, 2] = 1
     bits: Annotated[tuple[Annotated[int, Meta(ge=1, le=8)], ...], Meta(min_length=1, max_length=32)]
-    code: Literal["hash", "1mad", "3inst", "hyb", "mcg", "mul1", "table"]
+    code: Literal["hash", "1mad", "2mad", "3inst", "hyb", "lut", "mcg", "mul1", "table"]
     tile: tuple[Annotated[int, Meta(ge=1, le=4096)], Annotated[int, Meta(ge=1, le=4096)]] = (16, 16)
     order: str
     reversed: bool = False

@@ -42,13 +42,13 @@ def _values(body: Body, params: Params, parts: Mapping[str, str]) -> str:
     if params.code == "table":
         return body.reshape(table, -1)
     s = body.op("Range", np.int64(0), np.int64(2**params.L), np.int64(1))
-    if params.code == "hyb":
-        return _hyb(body, params, s, table)
+    if params.code in ("hyb", "lut"):
+        return _hyb(body, params, s, table) if params.code == "hyb" else _lut(body, params, s, table)
     if params.code == "hash":
         return _hash(body, params, s, body.reshape(table, -1))
-    if params.code == "1mad":
-        total = _byte_sum(body, _linear(body, s, 34038481, 76625530))
-        return body.op("Div", body.op("Sub", total, np.float32(510)), np.float32(147.800537109375))
+    if params.code in ("1mad", "2mad"):
+        x = _linear(body, s, 34038481, 76625530) if params.code == "1mad" else _2mad(body, s)
+        return body.op("Div", body.op("Sub", _byte_sum(body, x), np.float32(510)), np.float32(147.800537109375))
     if params.code == "3inst":
         return _two_halves(body, _linear(body, s, 89226354, 64248484))
     factor = params.multiplier if params.multiplier is not None else codec.states.MULTIPLIERS[params.code]
@@ -59,6 +59,12 @@ def _values(body: Body, params: Params, parts: Mapping[str, str]) -> str:
 def _linear(body: Body, s: str, factor: int, term: int) -> str:
     product = body.op("Add", body.op("Mul", s, np.int64(factor)), np.int64(term))
     return body.op("BitwiseAnd", product, WORD)
+
+
+def _2mad(body: Body, s: str) -> str:
+    x = _linear(body, s, 264435761, 1013904223)
+    upper = body.op("Div", body.op("Mul", x, np.int64(1664525)), np.int64(1 << 32))
+    return body.op("BitwiseAnd", body.op("Add", x, upper), WORD)
 
 
 def _bits(body: Body, x: str, first: int, count: int) -> str:
@@ -97,6 +103,12 @@ def _hyb(body: Body, params: Params, s: str, table: str) -> str:
     negative = body.reshape(body.cast(_bits(body, z, 15, 1), "bool"), -1, 1)
     first = body.op("And", negative, np.array([[True, False]]))
     return body.reshape(body.op("Where", first, body.op("Neg", pairs), pairs), -1)
+
+
+def _lut(body: Body, params: Params, s: str, table: str) -> str:
+    bits = params.index[0]
+    z = body.op("Mul", s, body.op("Add", s, np.int64(1)))
+    return body.reshape(body.op("Gather", table, _bits(body, z, 16 - bits, bits)), -1)
 
 
 def _hash(body: Body, params: Params, s: str, entries: str) -> str:

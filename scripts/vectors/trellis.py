@@ -57,7 +57,7 @@ def example() -> Draft:
 
 
 def _codes() -> Iterator[Draft]:
-    for code, rule in (("1mad", 6), ("3inst", 7), ("mcg", 8), ("mul1", 9)):
+    for code, rule in (("1mad", 6), ("2mad", 16), ("3inst", 7), ("mcg", 8), ("mul1", 9)):
         for L in (16, 12, 8):
             yield packed(
                 f"trellis/{code}-L{L}", f"code {code}, L = {L}", f"trellis-2 trellis-{rule}", term(code, 2, L), SMALL
@@ -75,6 +75,10 @@ def _codes() -> Iterator[Draft]:
         hyb("float16", 4, 12),
         SMALL,
     )
+    lut = term("lut", 2, index=[9], table="hyb-q9", V=2)
+    yield packed("trellis/lut", "code lut, a named table of pairs", "trellis-15", lut, SMALL)
+    lut = term("lut", 3, 12, index=[5], table="bfloat16")
+    yield packed("trellis/lut-stored", "code lut, a stored table of 32 entries", "trellis-15 trellis-12", lut, SMALL)
     for name, params in HASHES.items():
         bits = {"hash-16": 2, "hash-64": 3, "hash-16+16": 4}[name]
         what = f"code hash at {bits} bits, its named table, element order and L = 12"

@@ -60,11 +60,23 @@ def test_the_hyb_table_is_the_published_one() -> None:
     assert hashlib.sha256(tables.named("hyb-q9").tobytes()).hexdigest() == published["sha256"]
 
 
-@pytest.mark.parametrize("code", ["1mad", "3inst", "mcg", "mul1"])
+@pytest.mark.parametrize("code", ["1mad", "2mad", "3inst", "mcg", "mul1"])
 @pytest.mark.parametrize("L", [8, 11])
 def test_a_shorter_state_is_the_same_function(code: str, L: int) -> None:
     long, short = (codec.values(read(L=length, bits=[2], code=code), {}) for length in (16, L))
     np.testing.assert_array_equal(short, long[: 2**L])
+
+
+def test_2mad_and_lut_by_hand() -> None:
+    values = codec.values(read(L=16, bits=[2], code="2mad"), {})[:, 0]
+    table = np.arange(64, dtype=np.float16).reshape(32, 2)
+    pairs = codec.values(read(L=16, V=2, bits=[2], code="lut", index=[5], table="float16"), {"table": table})
+    for s in (0, 1, 4711, 65535):
+        x = (s * 264435761 + 1013904223) % 2**32
+        x = (x + (x * 1664525 >> 32)) % 2**32
+        assert values[s] == np.float32(sum(x.to_bytes(4, "little")) - 510) / np.float32(147.800537109375)
+        assert pairs[s].tolist() == table[s * (s + 1) // 2**11 % 32].tolist()
+    assert abs(values.mean()) < 0.01 and abs((values**2).mean() - 1) < 0.01
 
 
 def test_hash_by_hand() -> None:
@@ -231,7 +243,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bits": [2] * 64}, "length <= 32"),
     ({"V": 2}, "V = 1 for code 1mad, found 2"),
     ({"V": 3}, "known value at `\\$.V`, found 3"),
-    ({"code": "2mad"}, "known value at `\\$.code`, found '2mad'"),
+    ({"code": "4mad"}, "known value at `\\$.code`, found '4mad'"),
     ({"tile": [16, 15]}, "a tile of powers of two"),
     ({"tile": [4, 4], "order": "c0 c1 r0 r1"}, "a tile of powers of two with 32 to 4096 elements"),
     ({"tile": [4096, 4096]}, "a tile of powers of two with 32 to 4096 elements"),
@@ -256,6 +268,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"code": "hyb", "index": [9], "table": "hyb-q9"}, "V = 2 for code hyb, found 1"),
     ({"code": "hyb", "V": 2, "table": "hyb-q9"}, "index beside code hyb"),
     ({"code": "hyb", "V": 2, "index": [8], "table": "hyb-q9"}, "a table of shape \\[256, 2\\]"),
+    ({"code": "lut", "index": [9]}, "table beside code lut"),
+    ({"code": "lut", "V": 1, "index": [9], "table": "hyb-q9"}, "a table of shape \\[512, 1\\]"),
     ({"code": "table"}, "table beside code table"),
     ({"code": "table", "table": "hyb-q9"}, "a table of shape"),
     ({"code": "table", "table": "hyb"}, "one of the tables"),
