@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qformat import checkpoint
+from qformat.errors import QformatError
 
 from . import exporters
 from .importers import read
-from .report import summary
+from .report import inspect, summary
 from .write import Progress, account, timed, write
 
 
@@ -35,13 +36,17 @@ def convert(
     coverage = account(opened, plan)
     exporter = exporters.get(to)
     target = Path(target)
-    exported = exporter.plan(plan, dtype)
-    write(opened, exported, target, coverage, packed=exporter.PACKED, overwrite=overwrite, progress=progress)
+    try:
+        exported = exporter.plan(plan, dtype)
+        write(opened, exported, target, coverage, packed=exporter.PACKED, overwrite=overwrite, progress=progress)
+    except QformatError as error:
+        raise error.located(file=opened.path) from None
     return {
-        **summary(checkpoint.open(target), coverage),
+        **(summary(checkpoint.open(target)) if exporter.PACKED else inspect(target)),
+        "coverage": coverage,
         "from": found,
         "because": reason,
-        "notes": list(plan.notes),
+        "notes": list(exported.notes),
         "files": files,
         "seconds": timed(started),
     }

@@ -21,7 +21,7 @@ class Item:
     """A weight of the target: packed (with an ``entry``) or a dense tensor.
 
     ``consumes`` names the source tensors that it is made of. ``make`` gives the parts by their part names, or, for a
-    dense tensor, ``{"": array}``; it may be called in any thread, once.
+    dense tensor, ``{"": array}``; it may be called in any thread.
     """
 
     name: str
@@ -29,16 +29,21 @@ class Item:
     make: Callable[[], Mapping[str, Array]]
     entry: Entry | None = None
     dense: Spec | None = None
+    foreign: Mapping[str, Spec] | None = None
 
     @property
     def specs(self) -> dict[str, Spec]:
         """Tensor name -> dtype and shape, for every tensor that ``make`` gives."""
+        if self.foreign is not None:
+            return dict(self.foreign)
         if self.entry is None:
             assert self.dense is not None
             return {self.name: self.dense}
         return {f"{self.name}_{part.name}": spec(str(part.dtype), part.shape) for part in weight.layout(self.entry)}
 
     def tensors(self) -> dict[str, Array]:
+        if self.foreign is not None:
+            return dict(self.make())
         return {f"{self.name}_{part}" if part else self.name: array for part, array in self.make().items()}
 
     def packed(self) -> PackedWeight:

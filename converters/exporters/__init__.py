@@ -12,7 +12,7 @@ from qformat.errors import UsageError
 
 from ..plan import Plan
 
-NAMES = ("qformat", "dense")
+NAMES = ("qformat", "dense", "gptq", "awq")
 
 
 class Exporter(Protocol):
