@@ -61,6 +61,10 @@ def matrices() -> Iterator[tuple[str, dict[str, Any], tuple[int, int]]]:
     yield "table", {"bits": 4, "table": "nf4", "block": [-1, -1], "scales": "float32"}, (9, 21)
     yield "table", {"bits": 16, "p": 2, "table": "float16"}, (9, 2050)
     yield "table", {"bits": 13, "p": 4, "table": "float32", "block": [2, 4], "scales": "float32"}, (9, 2100)
+    for bits, books, group in ((8, 2, [1, 8]), (3, 3, [4, 8]), (12, 1, [1, 16]), (7, 5, [2, 4]), (1, 64, [1, 32])):
+        params = {"bits": bits, "books": books, "group": group, "block": [2, 48], "scales": "float16"}
+        yield "additive", params, (8, 1088)
+    yield "additive", {"bits": 16, "books": 2, "group": [16, 1], "table": "bfloat16"}, (32, 37)
     for L in (8, 12, 16):
         yield "trellis", {"L": L, "bits": [2], "code": "mul1", "order": PLAIN}, (32, 64)
         mixed = {"L": L, "bits": [1, 2, 4, 3], "code": "mul1", "order": KERNEL, "reversed": True}

@@ -258,7 +258,31 @@ def state_values(term: dict[str, Any], parts: dict[str, Tensor]) -> Callable[[in
     return functions[code]
 
 
-CODECS = {"int": decode_int, "table": decode_table, "trellis": decode_trellis}
+def decode_additive(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Tensor]) -> Matrix:
+    down, across = term.get("group", [1, 8])
+    bits, books = term["bits"], term.get("books", 1)
+    height, runs, size = parts["codes"].shape
+    run = next(n for n in (1, 2, 4, 8) if n * books * bits % 8 == 0)
+    codes = [
+        code
+        for i in range(height * runs)
+        for code in fields(parts["codes"].values[i * size : (i + 1) * size], bits, run * books)
+    ]
+    scale = spread(parts["scales"], term, rows, cols) if "scales" in parts else None
+
+    def value(i: int, j: int) -> float:
+        first = (i // down * runs * run + j // across) * books
+        at = i % down * across + j % across
+        picked = [parts["table"].values[((m << bits) + codes[first + m]) * down * across + at] for m in range(books)]
+        total = picked[0]
+        for x in picked[1:]:
+            total = f32(total + x)
+        return f32(total * scale(i, j)) if scale else total
+
+    return [[value(i, j) for j in range(cols)] for i in range(rows)]
+
+
+CODECS = {"additive": decode_additive, "int": decode_int, "table": decode_table, "trellis": decode_trellis}
 
 
 def decode_term(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Tensor], prefix: str) -> Matrix:

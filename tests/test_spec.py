@@ -142,6 +142,8 @@ def variables(params: Any, shape: tuple[int, int]) -> dict[str, Any]:
     known["b"] = resolved(known["block"], whole)
     if "table_block" in known:
         known["t"] = resolved(known["table_block"], shape)
+    if "books" in known:
+        known["n"] = 8 // math.gcd(8, known["books"] * known["bits"])
     if "tile" in known:
         steps = known["tile"][0] * known["tile"][1] // known["V"]
         known["N"] = sum(known["V"] * known["bits"][u % len(known["bits"])] for u in range(steps))

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QF_ABI 1  // raised with every change of this file; kernels/native.py holds the same number
+#define QF_ABI 2  // raised with every change of this file; kernels/native.py holds the same number
 
 #if defined(__cplusplus)
 #define QF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -21,7 +21,7 @@ QF_EXPORT const char* qf_variant(void);          // name of the instruction set 
 QF_EXPORT int32_t qf_use(const char* variant);  // use another one from now on; QF_UNSUPPORTED: not on this machine
 
 // Packed matrices. Every one begins with a qf_matrix, and its own type says what follows.
-enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2 };                                              // codec
+enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2, QF_ADDITIVE = 3 };  // codec
 enum { QF_NONE = 0, QF_FLOAT32 = 1, QF_FLOAT16 = 2, QF_BFLOAT16 = 3, QF_UINT8 = 4, QF_INT16 = 5 };  // dtype
 
 typedef struct {
@@ -68,6 +68,16 @@ typedef struct {  // value = values[state] * scale
   qf_values scales;  // or QF_NONE
 } qf_trellis;
 
+typedef struct {  // value = (table[0][code 0] + table[1][code 1] + ...) * scale, over tiles
+  qf_matrix matrix;      // row_unit out_group, col_unit run * in_group
+  const uint8_t* codes;  // [rows / out_group, row_bytes]: the books' codes of a group side by side
+  int64_t bits, books;   // 1 to 16; up to 64
+  int64_t out_group, in_group, run, row_bytes;  // run: groups whose codes fill whole bytes
+  const float* table;    // [books, 2^bits, out_group, in_group]
+  qf_grid grid;
+  qf_values scales;  // or QF_NONE
+} qf_additive;
+
 // Rows [r0, r1) as float32 [r1 - r0, cols]; r0 is a multiple of row_unit.
 QF_EXPORT int32_t qf_decode(const qf_matrix* matrix, int64_t r0, int64_t r1, float* out, int32_t threads);
 
@@ -99,7 +109,7 @@ QF_EXPORT int32_t qf_int_search(const float* x, int64_t n, int64_t blocks, int64
                                 int32_t whole, int32_t threads, uint16_t* codes, int32_t* best);
 
 // The same for vectors of p elements and the nearest of the entries of a table (qformat/codecs/table.py, encode).
-//   values  [entries, p]
+//   values  [entries, p], p 1, 2, 4, 8 or 16
 //   borders p = 1: [entries - 1] the middles between neighbouring levels, ascending; else [entries] |entry|^2 / 2
 //   order   p = 1: [entries] the entry of each level, ascending; else null
 //   codes   [n / p, blocks]  out

@@ -89,10 +89,14 @@ template <int W, int P> QF_INLINE void attempt_with(const Trial& t) {
 template <int W> QF_INLINE void attempt1(const Trial& t) { attempt_with<W, 1>(t); }
 template <int W> QF_INLINE void attempt2(const Trial& t) { attempt_with<W, 2>(t); }
 template <int W> QF_INLINE void attempt4(const Trial& t) { attempt_with<W, 4>(t); }
+template <int W> QF_INLINE void attempt8(const Trial& t) { attempt_with<W, 8>(t); }
+template <int W> QF_INLINE void attempt16(const Trial& t) { attempt_with<W, 16>(t); }
 
 QF_DISPATCH(attempt1, Trial)
 QF_DISPATCH(attempt2, Trial)
 QF_DISPATCH(attempt4, Trial)
+QF_DISPATCH(attempt8, Trial)
+QF_DISPATCH(attempt16, Trial)
 
 }  // namespace
 }  // namespace qf
@@ -100,11 +104,12 @@ QF_DISPATCH(attempt4, Trial)
 int32_t qf_table_search(const float* x, int64_t n, int64_t blocks, int64_t stride, int64_t candidates,
                         const float* scale, int64_t p, int64_t entries, const float* values, const float* borders,
                         const int32_t* order, int32_t whole, int32_t threads, uint16_t* codes, int32_t* best) {
-  if (p != 1 && p != 2 && p != 4) return QF_UNSUPPORTED;
+  if (p != 1 && p != 2 && p != 4 && p != 8 && p != 16) return QF_UNSUPPORTED;
   try {
     const qf::Table table{entries, values, borders, order};
     const int row = qf::variant();
-    const auto& kernel = p == 1 ? qf::attempt1_for : p == 2 ? qf::attempt2_for : qf::attempt4_for;
+    const auto& kernel = p == 1 ? qf::attempt1_for : p == 2 ? qf::attempt2_for : p == 4 ? qf::attempt4_for
+                         : p == 8 ? qf::attempt8_for : qf::attempt16_for;
     const qf::Search s{&table, kernel[row], qf::variant_lanes(row), x, n, blocks, stride, p, candidates,
                        scale, nullptr, nullptr, 0.f, whole != 0, codes, best, threads};
     return qf::search(s) ? QF_OK : QF_NO_MEMORY;

@@ -31,7 +31,7 @@ Shape = tuple[int, int]
 Case = tuple[dict[str, Any], Shape]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 KERNELS: dict[str, Any] = {
-    name: importlib.import_module(f"qformat.kernels.gpu.{name}") for name in ("int", "table", "trellis")
+    name: importlib.import_module(f"qformat.kernels.gpu.{name}") for name in ("additive", "int", "table", "trellis")
 }
 PLAIN = "c0 c1 c2 c3 r0 r1 r2 r3"
 EXL3 = "c0 c3 r3 c1 c2 r0 r1 r2"
@@ -65,6 +65,10 @@ def matrices() -> Iterator[Case]:
     )
     nf4 = {"codec": "table", "bits": 4, "table": "nf4", "block": [2, 2], "scales": "float32"}
     yield {**nf4, "rounding": "once", "round_dtype": "bfloat16"}, (4, 9)
+    additive = {"codec": "additive", "scales": "float16"}
+    for bits, books, group in ((8, 2, [1, 8]), (12, 1, [1, 8]), (16, 1, [1, 1]), (3, 5, [3, 4]), (1, 3, [1, 2])):
+        yield {**additive, "bits": bits, "books": books, "group": group}, (group[0] * 6, 40)
+    yield {**additive, "bits": 5, "books": 2, "group": [2, 4], "block": [3, 7], "table": "bfloat16"}, (34, 132)
     for bits in (2, 3, 4):
         yield {"codec": "trellis", **trellis_codec.preset(bits, False, {})}, (16, 48)
     base = {"codec": "trellis", "order": EXL3, "reversed": True}
@@ -122,7 +126,7 @@ def test_decodes_any_params(kind: str, data: st.DataObject, rng: np.random.Gener
         shape = term["tile"][0] * data.draw(st.integers(1, 3)), term["tile"][1] * data.draw(st.integers(1, 3))
     else:
         shape = data.draw(st.tuples(st.integers(1, 20), st.sampled_from([1, 2, 8, 20, 80])))
-        term = data.draw(making.int_terms(shape) if kind == "int" else making.table_terms(shape))
+        term = data.draw(getattr(making, f"{kind}_terms")(shape))
     weight = making.packed(rng, making.entry(shape, term))
     assert bits(weight.decode(decoder=decoder)) == bits(weight.decode())
 

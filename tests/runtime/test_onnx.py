@@ -113,6 +113,12 @@ def test_table_decodes_bit_for_bit(data: st.DataObject, rows: int, cols: int, rn
 
 
 @some
+@given(st.data(), st.sampled_from([1, 4, 6]), st.sampled_from([1, 8, 12, 24]), making.seeds)
+def test_additive_decodes_bit_for_bit(data: st.DataObject, rows: int, cols: int, rng: np.random.Generator) -> None:
+    check_decoding(data.draw(making.additive_terms((rows, cols))), (rows, cols), rng)
+
+
+@some
 @given(making.trellis_terms(), making.seeds)
 def test_trellis_decodes_bit_for_bit(term: dict[str, Any], rng: np.random.Generator) -> None:
     check_decoding(term, (32, 48), rng)
