@@ -4,6 +4,7 @@ others.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from . import files, manifest, weight
 from .dtypes import Array
 from .errors import DamagedError, QformatError, SurroundingsError, UsageError
 from .layout import Part
-from .manifest import Manifest
+from .manifest import Manifest, Rows
 from .records import read_json
 from .shards import Shard, Tensor
 from .weight import PackedWeight
@@ -24,7 +25,8 @@ KEY = "quantization_config"
 
 class Checkpoint(Mapping[str, PackedWeight]):
     """A mapping from the names of packed weights to :class:`PackedWeight`; ``tensors`` and ``array`` reach every
-    tensor.
+    tensor. It lists weights as they are stored; ``members``, the weights of the model that lie in one of these, and
+    aliases are found by their names, too.
 
     ``config`` is the model's config.json without its quantization settings, which are ``settings``; ``manifest`` is
     None for a folder that qformat did not pack.
@@ -38,6 +40,7 @@ class Checkpoint(Mapping[str, PackedWeight]):
         self.shards = [_open_shard(file) for file in self.weight_files]
         self.tensors: dict[str, Tensor] = {}
         self._shard_of: dict[str, Shard] = {}
+        self.members: dict[str, Rows] = {}
         for shard in self.shards:
             for name, tensor in shard.tensors.items():
                 if name in self.tensors:
@@ -83,8 +86,12 @@ class Checkpoint(Mapping[str, PackedWeight]):
         try:
             found = manifest.read(self.settings)
             self._entries = found.names(limit=len(self.tensors))
+            self.members = manifest.members(self._entries)
+            for name in self.members.keys() & self.tensors.keys():
+                raise DamagedError("a weight that lies in another one, stored once", "a tensor too", weight=name)
             for alias, name in found.aliases.items():
-                if name not in self._entries or alias in self._entries or alias in self.tensors:
+                taken = alias in self._entries or alias in self.members or alias in self.tensors
+                if name not in self._entries or taken:
                     raise DamagedError("an alias of a packed weight, stored once", repr(name), weight=alias)
         except QformatError as error:
             raise error.located(file=where) from None
@@ -99,7 +106,7 @@ class Checkpoint(Mapping[str, PackedWeight]):
                 raise DamagedError("a packed weight stored once", "a dense tensor too", file=self.path, weight=name)
             for part in self._layout(name):
                 tensor = f"{name}_{part.name}"
-                if tensor in out or tensor in self._entries:
+                if tensor in out or tensor in self._entries or tensor in self.members:
                     raise DamagedError("part names that no other tensor has", tensor, file=self.path, weight=name)
                 out[tensor] = name
         return out
@@ -117,6 +124,9 @@ class Checkpoint(Mapping[str, PackedWeight]):
     def __getitem__(self, name: str) -> PackedWeight:
         if self.manifest is None:
             raise KeyError(name)
+        if name in self.members:
+            whole, *rows = self.members[name]
+            return dataclasses.replace(self[whole], name=name, rows=(rows[0], rows[1]))
         name = self.manifest.aliases.get(name, name)
         entry = self._entries[name]
         parts = {}

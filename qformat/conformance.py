@@ -121,7 +121,7 @@ def run_command(command: Sequence[str], cases: Iterable[Case] | None = None, sec
 
 
 def _open(case: Case) -> tuple[dict[str, PackedWeight], QformatError | None]:
-    """Every weight of a case, aliases too, or the error with which reading refuses it."""
+    """Every weight of a case, aliases and members too, or the error with which reading refuses it."""
     try:
         opened = checkpoint.open(case.input)
         weights = _weights(opened)
@@ -136,7 +136,7 @@ def _weights(opened: Checkpoint) -> dict[str, PackedWeight]:
     for shard in opened.shards:
         shard.check()
     assert opened.packed_tensors is not None  # names that two weights claim are found here
-    return {name: opened[name] for name in (*opened, *opened.manifest.aliases)}
+    return {name: opened[name] for name in (*opened, *opened.members, *opened.manifest.aliases)}
 
 
 class _Skipped(Exception):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -23,11 +23,21 @@ Size = Annotated[int, Meta(ge=1, le=1 << 40)]
 Term = dict[str, Any]
 
 
+class Piece(Record, frozen=True, kw_only=True):
+    """Weights of the model whose ``rows``, along the first axis, are a piece of a stored weight; one for each weight of
+    the entry.
+    """
+
+    weights: Annotated[tuple[str, ...], Meta(min_length=1)]
+    rows: Size
+
+
 class Entry(Record, frozen=True, kw_only=True):
     """What all weights of one shape, packed alike, share.
 
     ``stack`` leading axes of ``shape`` number matrices; the next axis is out, all further ones together are in.
-    ``transposed``: the model holds the last two axes the other way round than the codecs see them.
+    ``transposed``: the model holds the last two axes the other way round than the codecs see them. ``concat``: the
+    weights of the model that lie in this one, one below another.
     """
 
     weights: Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -38,6 +48,7 @@ class Entry(Record, frozen=True, kw_only=True):
     stack: Annotated[int, Meta(ge=0, le=4)] = 0
     stored_shape: Annotated[tuple[Size, ...], Meta(min_length=2, max_length=8)] | None = None
     transposed: bool = False
+    concat: Annotated[tuple[Piece, ...], Meta(max_length=256)] = ()
     sum_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     rotation: Rotation | None = None
 
@@ -46,11 +57,21 @@ class Entry(Record, frozen=True, kw_only=True):
             raise DamagedError(f"a shape with {self.stack} leading axes before out and in", str(list(self.shape)))
         if self.transposed and len(self.shape) != self.stack + 2:
             raise DamagedError("transposed weights with one axis in", str(list(self.shape)))
+        if self.concat and sum(piece.rows for piece in self.concat) != self.shape[0]:
+            raise DamagedError(f"pieces of {self.shape[0]} rows together", str([piece.rows for piece in self.concat]))
         stored = self.stored_shape
         if stored is not None:
             small = len(stored) == len(self.shape) and all(a >= b for a, b in zip(stored, self.shape, strict=True))
             if not small or stored[: self.stack] != self.shape[: self.stack] or len(self.shape) != self.stack + 2:
                 raise DamagedError(f"a stored_shape that pads {list(self.shape)}", str(list(stored)))
+
+
+class Rows(NamedTuple):
+    """Where a weight of the model lies in a stored one, along the first axis."""
+
+    weight: str
+    start: int
+    stop: int
 
 
 class Source(Record, frozen=True, kw_only=True):
@@ -75,14 +96,48 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, Any] = {}
 
     def names(self, limit: int) -> dict[str, Entry]:
-        """Weight name -> entry; :class:`DamagedError` for more than ``limit`` names or one that stands twice."""
+        """Weight name -> entry, with the pieces of that weight alone; :class:`DamagedError` for more than ``limit``
+        names or one that stands twice.
+        """
         out: dict[str, Entry] = {}
         for entry in self.entries:
-            for name in names.expand(entry.weights, limit - len(out)):
+            found = names.expand(entry.weights, limit - len(out))
+            for name, own in zip(found, _single(entry, found), strict=True):
                 if name in out:
                     raise DamagedError("every weight in one entry", "in two", weight=name)
-                out[name] = entry
+                out[name] = own
         return out
+
+
+def _single(entry: Entry, weights: list[str]) -> list[Entry]:
+    """The entry of each of ``weights``."""
+    if not entry.concat:
+        return [entry] * len(weights)
+    pieces = [names.expand(piece.weights, len(weights)) for piece in entry.concat]
+    for found in pieces:
+        if len(found) != len(weights):
+            raise DamagedError(f"{len(weights)} weights in each piece", str(len(found)), weight=weights[0])
+    rows = [piece.rows for piece in entry.concat]
+    return [
+        msgspec.structs.replace(
+            entry, concat=tuple(Piece(weights=(name,), rows=n) for name, n in zip(one, rows, strict=True))
+        )
+        for one in zip(*pieces, strict=True)
+    ]
+
+
+def members(entries: Mapping[str, Entry]) -> dict[str, Rows]:
+    """The model's weights that lie in stored ones -> where; ``entries`` are those of :meth:`Manifest.names`."""
+    out: dict[str, Rows] = {}
+    for weight, entry in entries.items():
+        start = 0
+        for piece in entry.concat:
+            (name,) = piece.weights
+            if name in out or name in entries:
+                raise DamagedError("every weight once", "twice", weight=name)
+            out[name] = Rows(weight, start, start + piece.rows)
+            start += piece.rows
+    return out
 
 
 _KNOWN = ("quant_method", "version", "entries", "aliases", "activations", "kv_cache", "provenance")
@@ -163,15 +218,28 @@ def write(manifest: Manifest) -> dict[str, Any]:
 
 
 def group(weights: Iterable[tuple[str, Entry]]) -> tuple[Entry, ...]:
-    """Entries of single weights -> one entry for all that are alike but for the name."""
-    alike: dict[str, tuple[Entry, list[str]]] = {}
+    """Entries of single weights -> one entry for all that are alike but for the names."""
+    alike: dict[str, dict[str, Entry]] = {}
     for name, entry in weights:
         plain = write_record(entry)
         del plain["weights"]
-        alike.setdefault(json.dumps(plain, sort_keys=True), (entry, []))[1].append(name)
-    return tuple(
-        msgspec.structs.replace(entry, weights=tuple(names.compress(found))) for entry, found in alike.values()
-    )
+        plain["concat"] = [piece.rows for piece in entry.concat]
+        alike.setdefault(json.dumps(plain, sort_keys=True), {})[name] = entry
+    return tuple(map(_shared, alike.values()))
+
+
+def _shared(alike: Mapping[str, Entry]) -> Entry:
+    """The entry of weights that differ in their names alone; pieces are listed in the order of the weights."""
+    first = next(iter(alike.values()))
+    weights = tuple(names.compress(alike))
+    order = names.expand(weights, len(alike)) if first.concat else []
+    pieces = []
+    for i, piece in enumerate(first.concat):
+        found = [alike[name].concat[i].weights[0] for name in order]
+        short = names.compress(found)
+        same = names.expand(short, len(found)) == found
+        pieces.append(Piece(weights=tuple(short if same else found), rows=piece.rows))
+    return msgspec.structs.replace(first, weights=weights, concat=tuple(pieces))
 
 
 def schema() -> dict[str, Any]:

@@ -128,16 +128,21 @@ def decode_matrix(
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight of the model. ``parts`` maps part names to arrays: views of the file, nothing is copied."""
+    """A weight of the model. ``parts`` maps part names to arrays: views of the file, nothing is copied. ``rows`` are
+    its first row and its end in what is stored, where that is a concatenation.
+    """
 
     name: str
     entry: Entry
     parts: Mapping[str, Array]
     file: str = ""
+    rows: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
+        if self.rows is None:
+            return self.entry.shape
+        return (self.rows[1] - self.rows[0], *self.entry.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -145,21 +150,21 @@ class PackedWeight:
 
     @property
     def stored_bits(self) -> float:
-        """Every stored byte of the weight, in bits for each element of ``shape``."""
-        return 8 * self.nbytes / math.prod(self.shape)
+        """Every stored byte of the weight, in bits for each of its elements."""
+        return 8 * self.nbytes / math.prod(self.entry.shape)
 
     @property
     def codec(self) -> str:
         return "+".join(str(term["codec"]) for term in self.entry.terms)
 
     def decode(self, rotated: bool = False, decoder: Decoder = reference) -> Array:
-        """float32 [shape] in the model's basis; ``rotated``: the matrix as stored, [stack..., out, in], padding
-        included.
+        """float32 [shape] in the model's basis; ``rotated``: the matrix as stored, [stack..., out, in], padding and
+        all rows included.
 
         Raises :class:`DamagedError` naming this weight where a part holds what its codec forbids.
         """
         try:
-            lead = self.shape[: self.entry.stack]
+            lead = self.entry.shape[: self.entry.stack]
             matrices = [
                 decode_matrix(self.entry, {part: array[at] for part, array in self.parts.items()}, rotated, decoder)
                 for at in itertools.product(*map(range, lead))
@@ -168,14 +173,14 @@ class PackedWeight:
             raise error.located(file=self.file, weight=self.name) from None
         if rotated:
             return np.stack(matrices).reshape(*lead, *matrix_shape(self.entry))
-        return np.stack([self._cut(matrix) for matrix in matrices]).reshape(self.shape)
+        return np.stack([self._cut(matrix) for matrix in matrices]).reshape(self.entry.shape)[slice(*(self.rows or (None,)))]
 
     def _cut(self, matrix: Array) -> Array:
         """Codec's orientation and padding -> the model's."""
         matrix = matrix.T if self.entry.transposed else matrix
         if self.entry.stored_shape is None:
             return matrix
-        rows, cols = self.shape[self.entry.stack :]
+        rows, cols = self.entry.shape[self.entry.stack :]
         return matrix[:rows, :cols]
 
     def check(self) -> None:
@@ -190,7 +195,9 @@ class PackedWeight:
         Raises :class:`UsageError` for a range that the weight has not, :class:`UnsupportedError` where the packing has
         no cut there.
         """
-        entry = self.entry
+        entry = msgspec.structs.replace(self.entry, concat=())
+        if self.rows is not None:
+            raise UnsupportedError("a stored weight, to be cut", "rows of one", weight=self.name)
         if not 0 <= axis < len(self.shape):
             raise UsageError(f"an axis below {len(self.shape)}", str(axis), weight=self.name)
         if not 0 <= start < stop <= self.shape[axis]:

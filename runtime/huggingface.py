@@ -21,7 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qformat import checkpoint, manifest
+from qformat import checkpoint, manifest, sources
 from qformat.errors import DamagedError, QformatError, UnsupportedError, UsageError
 from qformat.kernels import native
 from qformat.manifest import Entry, Manifest
@@ -42,21 +42,20 @@ def load(
 ) -> Any:
     """A transformers model whose weights stay packed, in eval mode.
 
-    ``path`` is a folder or a name on the Hub; ``dtype`` that of activations and dense weights, by default the config's.
+    ``path`` is a folder or ``org/name[@revision]`` on the Hub; ``dtype`` that of activations and dense weights, by default the config's.
     Raises :class:`UsageError` where the model is not packed by qformat, :class:`DamagedError` naming the tensor where
     one is missing, misshapen or unknown to the model.
     """
     ops.check_activations(activations)
-    folder = Path(path)
-    if folder.exists() or folder.is_absolute():  # else a name on the Hub
-        if not folder.is_dir():
-            raise UsageError("a model folder", "a file" if folder.exists() else "none", file=path)
-        if checkpoint.open(folder).manifest is None:
-            raise _another(path)
-    config = transformers.AutoConfig.from_pretrained(path)
+    folder = sources.local(path)
+    if not folder.is_dir():
+        raise UsageError("a model folder", "a file" if folder.exists() else "none", file=path)
+    if checkpoint.open(folder).manifest is None:
+        raise _another(path)
+    config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
     model, info = kind.from_pretrained(
-        path,
+        folder,
         dtype=dtype or "auto",
         device_map=None if device is None else {"": device},
         ignore_mismatched_sizes=True,  # they are reported here, by name
@@ -162,6 +161,10 @@ def _checked(described: Manifest, files: Sequence[str] | None) -> dict[str, Entr
     shards = [Shard(Path(file)) for file in files or ()]
     where = {tensor: shard for shard in shards for tensor in shard.tensors}
     entries = described.names(limit=len(where) if files else 1 << 20)
+    if joined := next((name for name, entry in entries.items() if entry.concat), ""):
+        found = "several of the model's weights in one"
+        hint = "`qformat convert SRC DST --to dense` makes a model that runs"
+        raise UnsupportedError("weights stored one by one, to be run", found, weight=joined, hint=hint)
     for name, entry in entries.items() if files else ():
         names = {part.name: f"{name}_{part.name}" for part in layout(entry)}
         present = {part: where[tensor].array(tensor) for part, tensor in names.items() if tensor in where}

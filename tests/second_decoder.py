@@ -410,9 +410,14 @@ def decode_file(path: Path) -> dict[str, tuple[list[float], list[float]]]:
             manifest = json.loads(metadata["quantization_config"])
     out = {}
     for entry in manifest["entries"]:
-        for name in itertools.chain(*map(expand, entry["weights"])):
+        for number, name in enumerate(itertools.chain(*map(expand, entry["weights"]))):
             parts = {t[len(name) + 1 :]: tensor for t, tensor in tensors.items() if t.startswith(f"{name}_")}
-            out[name] = decode(entry, parts)
+            stored, weight = out[name] = decode(entry, parts)
+            size, start = math.prod(entry["shape"][1:]), 0
+            for piece in entry.get("concat", ()):
+                own = list(itertools.chain(*map(expand, piece["weights"])))[number]
+                out[own] = stored, weight[start * size : (start + piece["rows"]) * size]
+                start += piece["rows"]
     return out | {alias: out[name] for alias, name in manifest.get("aliases", {}).items()}
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
-from qformat.dtypes import FLOATS, FROM_SAFETENSORS, NUMPY
+from qformat import manifest
+from qformat.dtypes import FLOATS, FROM_SAFETENSORS, NUMPY, Array
 from qformat.errors import UsageError
+from qformat.manifest import Rows
 from qformat.shards import spec
 
 from ..plan import Item, Plan
@@ -20,18 +24,27 @@ def plan(plan: Plan, dtype: str | None) -> Plan:
     config = dict(plan.config)
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    return replace(plan, items=tuple(_item(item, dtype) for item in plan.items), config=config)
+    return replace(plan, items=tuple(one for item in plan.items for one in _items(item, dtype)), config=config)
+
+
+def _items(item: Item, dtype: str | None) -> Iterator[Item]:
+    """Of a packed weight, each weight of the model that lies in it."""
+    if item.entry is None:
+        yield _item(item, dtype)
+        return
+    target, shape = dtype or item.entry.dtype, item.entry.shape
+    found = manifest.members({item.name: item.entry}) or {item.name: Rows(item.name, 0, shape[0])}
+    for i, (name, rows) in enumerate(found.items()):
+        consumes = () if i else item.consumes
+        dense = spec(target, (rows.stop - rows.start, *shape[1:]))
+        yield Item(name, consumes, partial(_decoded, item, rows, target), dense=dense)
+
+
+def _decoded(item: Item, rows: Rows, dtype: str) -> dict[str, Array]:
+    return {"": item.packed().decode()[rows.start : rows.stop].astype(NUMPY[dtype])}
 
 
 def _item(item: Item, dtype: str | None) -> Item:
-    if item.entry is not None:
-        target = dtype or item.entry.dtype
-        return replace(
-            item,
-            make=lambda: {"": item.packed().decode().astype(NUMPY[target])},
-            entry=None,
-            dense=spec(target, item.entry.shape),
-        )
     assert item.dense is not None
     own = FROM_SAFETENSORS.get(item.dense.tag)
     if dtype is None or own not in FLOATS or own == dtype:

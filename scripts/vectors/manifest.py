@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .case import NAME, Draft, entry, fill, refused, write_file
+from .case import NAME, WIDE, Draft, entry, fill, refused, write_file
 from .files import with_tensors
 
 INT = {"codec": "int", "bits": 4, "block": [1, 8], "zero": 8}
@@ -21,6 +21,7 @@ def drafts() -> Iterator[Draft]:
     yield from _versions()
     yield from _entries()
     yield from _names()
+    yield from _concat()
 
 
 def several(name: str, what: str, rules: str, patterns: list[str], names: list[str], **keys: Any) -> Draft:
@@ -152,3 +153,43 @@ def _names() -> Iterator[Draft]:
     yield bad("braces-open", "a brace that is no range", ["w.{a}"])
     twice = [item, {**item, "label": "rounded"}]
     yield refused("manifest/invalid-weight-in-two", "one name in two entries", "M5", twice, like=item)
+
+
+def _concat() -> Iterator[Draft]:
+    whole = ["l.{0..1}.gate_up"]
+    pieces = [{"weights": ["l.{0..1}.gate"], "rows": 1}, {"weights": ["l.0.up", "l.1.up"], "rows": 2}]
+    item = {**entry(INT, SHAPE), "weights": whole, "concat": pieces}
+
+    def tensors(name: str, of: dict[str, Any]) -> dict[str, Any]:
+        like = {key: value for key, value in of.items() if key != "concat"}
+        return {f"l.{i}.gate_up_{part}": a for i in range(2) for part, a in fill(f"{name}/{i}", like).items()}
+
+    def case(name: str, what: str, of: dict[str, Any], **keys: Any) -> Draft:
+        held = tensors(name, of)
+        return Draft(
+            name,
+            what,
+            ("M9",),
+            lambda folder: write_file(folder / "input.safetensors", held, [of]),
+            entries=(of,),
+            **keys,
+        )
+
+    yield case("manifest/concat", "two weights, each with two of the model's in it", item)
+    turned = {**item, "rotation": {"out": {"scale": "float16"}, "in": {"size": 8}}}
+    yield case("manifest/concat-rotated", "weights of the model within rotated ones", turned, tolerance=WIDE)
+
+    def bad(name: str, what: str, *wrong: dict[str, Any], dense: str = "", rules: str = "M9") -> Draft:
+        held = tensors(f"manifest/{name}", item)
+        held |= {dense: np.zeros((1, 8), np.float16)} if dense else {}
+        broken = [{**item, "concat": list(wrong)}]
+        return with_tensors(f"manifest/invalid-concat-{name}", what, rules, held, broken, error="damaged")
+
+    gate, up = pieces
+    yield bad("rows", "pieces of fewer rows than the weight", gate, {**up, "rows": 1})
+    yield bad("rows-zero", "a piece of no rows", {**gate, "rows": 0}, {**up, "rows": 3}, rules="M4 M9")
+    yield bad("count", "a piece with fewer names than there are weights", gate, {**up, "weights": ["l.0.up"]})
+    yield bad("twice", "one name in two pieces", gate, {**up, "weights": ["l.{0..1}.gate"]})
+    yield bad("whole", "a piece with the name of the whole", gate, {**up, "weights": whole})
+    yield bad("tensor", "a piece with the name of a tensor", gate, up, dense="l.0.up")
+    yield bad("key", "an unknown key of a piece", gate, {**up, "columns": 8}, rules="M2 M9")
