@@ -154,6 +154,7 @@ def table_terms(draw: st.DrawFn, shape: tuple[int, int]) -> dict[str, Any]:
     named = {1: [(2, "gauss-p1-n4"), (4, "nf4"), (4, "fp4")], 2: [(4, "higgs-p2-n16")], 4: [(8, "gauss-p4-n256")]}
     bits, table = draw(st.sampled_from(named[p]))
     scales = st.one_of(st.sampled_from(SCALES), int_terms((1, 1), 1))
+    offsets = st.one_of(st.sampled_from(FLOATS), int_terms((1, 1), 1))
     return {
         "codec": "table",
         "bits": draw(st.integers(1, 9)) if stored else bits,
@@ -163,7 +164,7 @@ def table_terms(draw: st.DrawFn, shape: tuple[int, int]) -> dict[str, Any]:
         "rounding": draw(st.sampled_from(["none", "once"])),
         "round_dtype": draw(st.sampled_from(FLOATS)),
         **_given(table_block=[draw(_axis), draw(st.sampled_from([-1, p, 2 * p, 4 * p]))] if stored else None),
-        **_given(scales=draw(_maybe(scales)), view=_view(draw, shape)),
+        **_given(scales=draw(_maybe(scales)), offsets=draw(_maybe(offsets)), view=_view(draw, shape)),
     }
 
 

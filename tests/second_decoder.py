@@ -150,6 +150,7 @@ def decode_table(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Te
     codes = code_rows(parts, term["bits"], cols // p)
     named = None if "table" in parts else named_table(term["table"])
     scale = spread(parts["scales"], term, rows, cols) if "scales" in parts else None
+    offset = spread(parts["offsets"], term, rows, cols) if "offsets" in parts else None
     down, across = term.get("table_block", [-1, -1])
     down, across = rows if down == -1 else down, cols if across == -1 else across
 
@@ -162,6 +163,7 @@ def decode_table(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Te
             block = i // down * width + j // across
             x = parts["table"].values[(block * entries + code) * p + j % p]
         x = f32(x * scale(i, j)) if scale else x
+        x = f32(x + offset(i, j)) if offset else x
         return rounded(x, term.get("round_dtype", "float32")) if term.get("rounding") == "once" else x
 
     return [[value(i, j) for j in range(cols)] for i in range(rows)]
@@ -288,7 +290,7 @@ CODECS = {"additive": decode_additive, "int": decode_int, "table": decode_table,
 def decode_term(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Tensor], prefix: str) -> Matrix:
     """Parts that are packed themselves are decoded first, as the matrix of their last axis."""
     own = {}
-    for name in ("codes", "scales", "zeros", "offsets", "groups", "table"):
+    for name in ("codes", "scales", "global_scale", "zeros", "offsets", "groups", "table"):
         if prefix + name in parts:
             own[name] = parts[prefix + name]
         elif isinstance(inner := term.get(name), dict):

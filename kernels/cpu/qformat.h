@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QF_ABI 2  // raised with every change of this file; kernels/native.py holds the same number
+#define QF_ABI 3  // raised with every change of this file; kernels/native.py holds the same number
 
 #if defined(__cplusplus)
 #define QF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -48,13 +48,13 @@ typedef struct {  // value = (code - zero) * scale, or code * scale + offset whe
   float zero;             // where there are no zeros
 } qf_int;
 
-typedef struct {  // value = table[code] * scale
+typedef struct {  // value = table[code] * scale + offset
   qf_matrix matrix;      // row_unit 1, col_unit 8 p
   const uint8_t* codes;  // [rows, ceil(cols / p * bits / 8)]
   int64_t bits, p;       // 1 to 16; 1, 2, 4 or 8
   const float* table;    // [2^bits, p]
   qf_grid grid;
-  qf_values scales;  // or QF_NONE
+  qf_values scales, offsets;  // or QF_NONE
 } qf_table;
 
 typedef struct {  // value = values[state] * scale

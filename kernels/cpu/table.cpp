@@ -23,6 +23,17 @@ template <int P> QF_INLINE void look_up(const qf_table& w, const Block& b) {
   }
 }
 
+QF_INLINE void add_offsets(const qf_table& w, const Block& b) {
+  if (w.offsets.dtype == QF_NONE) return;
+  for (int64_t r = b.r0; r < b.r1; r++)
+    for (int64_t c = b.c0, end; c < b.c1; c = end) {
+      end = block_end(w.grid, c, b.c1);
+      const float offset = at(w.offsets, block_of(w.grid, r, c));
+      float* out = b.out + (r - b.r0) * b.ld - b.c0;
+      for (int64_t i = c; i < end; i++) out[i] += offset;
+    }
+}
+
 template <int W> QF_INLINE void decode(const Block& b) {
   const qf_table& w = *(const qf_table*)b.matrix;
   if (w.p == 1) look_up<1>(w, b);
@@ -30,6 +41,7 @@ template <int W> QF_INLINE void decode(const Block& b) {
   if (w.p == 4) look_up<4>(w, b);
   if (w.p == 8) look_up<8>(w, b);
   apply_scales(b, w.grid, w.scales);
+  add_offsets(w, b);
 }
 
 QF_DISPATCH(decode, Block)

@@ -25,6 +25,7 @@ class Table(Structure):
         ("table", c_void_p),
         ("grid", native.Grid),
         ("scales", native.Values),
+        ("offsets", native.Values),
     ]
 
 
@@ -34,12 +35,11 @@ def matrix(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
         return None
     entries = parts["table"][0, 0] if params.stored else tables.named(params.table)
     bits, entries = _pairs(params.bits, np.ascontiguousarray(entries, np.float32), shape[1])
-    scales, kept = native.values(parts.get("scales"))
+    scales, offsets = (native.values(parts.get(name)) for name in ("scales", "offsets"))
     p = entries.shape[1]
-    head = Table(
-        native.Head(1, *shape, 1, 8 * p), parts["codes"].ctypes.data, bits, p, entries.ctypes.data, grid, scales
-    )
-    return native.Matrix(head, (parts["codes"], entries, *kept))
+    found = native.Head(1, *shape, 1, 8 * p), parts["codes"].ctypes.data, bits, p, entries.ctypes.data, grid
+    held = (parts["codes"], entries, *scales[1], *offsets[1])
+    return native.Matrix(Table(*found, scales[0], offsets[0]), held)
 
 
 def _pairs(bits: int, entries: Array, cols: int) -> tuple[int, Array]:

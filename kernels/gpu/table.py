@@ -29,7 +29,7 @@ def dequantize(
 ) -> Tensor:
     """The codec's ``decode``, rounded once to ``dtype``: [out, in], or of the given rows, integers [n], alone: [n, in].
 
-    Scales that are packed by themselves come decoded. A row that is not there gives NaN. Raises :class:`DamagedError`
+    Scales and offsets that are packed by themselves come decoded. A row that is not there gives NaN. Raises :class:`DamagedError`
     where the parts are not those of the layout.
     """
     params = _tile.plain(params)
@@ -40,6 +40,7 @@ def dequantize(
         *(kernel, shape, dtype, rows, codes),
         table=_tile.readable(parts["table"]) if named is None else named,
         scales=_tile.readable(parts.get("scales")),
+        offsets=_tile.readable(parts.get("offsets")),
         TABLES=_tile.blocks_of(params.table_block if params.stored else (-1, -1), None, shape),
         BLOCKS=_tile.blocks_of(params.block, params.view, shape),
         BITS=params.bits,
@@ -55,6 +56,7 @@ def kernel(
     codes,
     table,
     scales,
+    offsets,
     picked,
     count,
     rows,
@@ -74,4 +76,6 @@ def kernel(
     value = widened(tl.load(entries + (code * P + col % P)))
     if scales is not None:
         value = value * widened(tl.load(scales + block(row, col, cols, BLOCKS)))
+    if offsets is not None:
+        value = value + widened(tl.load(offsets + block(row, col, cols, BLOCKS)))
     put(out, place, col, cols, widened(rounded(value, ROUND)), picked, rows)

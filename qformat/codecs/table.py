@@ -1,4 +1,4 @@
-"""``table``: codes into a table of 2**bits entries of p values each, with a scale per block. Page:
+"""``table``: codes into a table of 2**bits entries of p values each, with a scale and an offset per block. Page:
 ``spec/codecs/table.md``.
 """
 
@@ -24,8 +24,8 @@ SEARCHED = 1 << 24  # products of vectors and entries held at a time: bounds the
 
 
 class Params(Record, frozen=True, kw_only=True):
-    """``value = table[code] * scale``. ``table`` is the name of a table of the specification, or the dtype of the part
-    ``table``, one for each ``table_block`` of the matrix.
+    """``value = table[code] * scale + offset``. ``table`` is the name of a table of the specification, or the dtype of
+    the part ``table``, one for each ``table_block`` of the matrix.
     """
 
     bits: Annotated[int, Meta(ge=1, le=16)]
@@ -35,6 +35,7 @@ class Params(Record, frozen=True, kw_only=True):
     block: tuple[int, int] = (1, -1)
     view: tuple[int, int] | None = None
     scales: Scale | Packed | None = None
+    offsets: Float | Packed | None = None
     rounding: Literal["none", "once"] = "none"
     round_dtype: Float = "float32"
 
@@ -61,8 +62,9 @@ def layout(params: Params, shape: tuple[int, int]) -> list[Part]:
         raise DamagedError(f"columns in multiples of p = {params.p}", str(cols))
     size = fields.row_bytes(cols // params.p, params.bits)
     parts = [Part("codes", "uint8", (rows, size), 0, Fraction(1), 1, Fraction(8 * params.p, params.bits))]
-    if params.scales is not None:
-        parts.append(blocks.part("scales", params.scales, shape, params.block, params.view))
+    for name in ("scales", "offsets"):
+        if (dtype := getattr(params, name)) is not None:
+            parts.append(blocks.part(name, dtype, shape, params.block, params.view))
     if params.stored:
         tables_part = blocks.part("table", params.table, shape, params.table_block)
         parts.append(_with_entries(tables_part, params))
@@ -96,6 +98,8 @@ def decode(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
         values[:] = tables.named(params.table).astype(np.float32)[codes].reshape(shape)
     if params.scales is not None:
         values *= blocks.spread(parts["scales"].astype(np.float32), shape, params.block, params.view)
+    if params.offsets is not None:
+        values += blocks.spread(parts["offsets"].astype(np.float32), shape, params.block, params.view)
     return values if params.rounding == "none" else rounded(values, params.round_dtype)
 
 
@@ -105,10 +109,9 @@ def encode(params: Params, weight: Array) -> dict[str, Array]:
     the first), and keeps the one with the smallest squared error; the code is the nearest entry. A stored table is
     Lloyd's for the whole weight.
     """
-    if params.rounding != "none" or params.view is not None:
-        raise UnsupportedError(
-            "no view and rounding none when encoding", f"view {params.view}, rounding {params.rounding}"
-        )
+    if params.rounding != "none" or params.view is not None or params.offsets is not None:
+        found = f"view {params.view}, offsets {params.offsets}, rounding {params.rounding}"
+        raise UnsupportedError("no view, no offsets and rounding none when encoding", found)
     weight = weight.astype(np.float32)
     if params.stored:
         if params.scales is not None or params.table_block != (-1, -1):
@@ -192,7 +195,7 @@ def _lloyd(vectors: Array, entries: int, rounds: int = 30) -> Array:
 
 def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -> None:
     """Raise :class:`DamagedError` for numbers that no encoder writes."""
-    blocks.check_finite({name: parts[name] for name in ("scales", "table") if name in parts})
+    blocks.check_finite({name: parts[name] for name in ("scales", "offsets", "table") if name in parts})
 
 
 def units(params: Params) -> tuple[int, int]:

@@ -31,4 +31,7 @@ def decode(body: Body, params: Params, shape: tuple[int, int], parts: Mapping[st
     if params.scales is not None:
         scales = body.widen(parts["scales"], params.scales)
         values = body.op("Mul", values, body.spread(scales, shape, params.block, params.view))
+    if params.offsets is not None:
+        offsets = body.widen(parts["offsets"], params.offsets)
+        values = body.op("Add", values, body.spread(offsets, shape, params.block, params.view))
     return values if params.rounding == "none" else body.rounded(values, params.round_dtype)

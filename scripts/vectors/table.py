@@ -130,6 +130,33 @@ def _scales() -> Iterator[Draft]:
         term("nf4", block=[1, -1], view=[7, 10], scales="float32"),
         (5, 14),
     )
+    for dtype in ("float16", "bfloat16", "float32"):
+        yield packed(
+            f"table/offsets-{dtype}",
+            f"offsets of {dtype} for blocks that are short at the end, beside scales of float32",
+            "C2 table-4 table-8",
+            term("nf4", block=[2, 8], scales="float32", offsets=dtype),
+            (5, 20),
+        )
+    yield packed(
+        "table/offsets-alone", "offsets without scales", "table-8", term("float16", 3, 1, offsets="float32"), (4, 11)
+    )
+    yield packed(
+        "table/offsets-rounded",
+        "the sum rounded once, after it was rounded to float32; flat blocks",
+        "C3 table-5 table-8",
+        term("nf4", block=[1, 10], view=[1, 70], scales="float32", offsets="float16")
+        | {"rounding": "once", "round_dtype": "float16"},
+        (5, 14),
+    )
+    inner = term("float32", 8, 1, block=[1, 4], scales="float32", offsets="float32")
+    yield packed(
+        "table/scales-packed",
+        "scales packed by a stored table of 8 bits with scales and offsets of their own (bitsandbytes, nested)",
+        "V4 table-3 table-4 table-8",
+        term("nf4", block=[1, 8], scales={**inner, "view": [1, 12]}),
+        (4, 24),
+    )
     for dtype in ("float16", "bfloat16"):
         yield packed(
             f"table/rounding-once-{dtype}",

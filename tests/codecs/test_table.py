@@ -79,10 +79,12 @@ def one_by_one(params: codec.Params, shape: tuple[int, int], parts: dict[str, Ar
                 else parts["table"][_of(params.table_block, shape, i, j)]
             )
             value = np.float32(table[codes[i, j // params.p], j % params.p])
+            flat = i * shape[1] + j
+            y, x = (flat // cols, flat % cols) if params.view else (i, j)
             if params.scales is not None:
-                flat = i * shape[1] + j
-                y, x = (flat // cols, flat % cols) if params.view else (i, j)
                 value = value * np.float32(parts["scales"][_of(params.block, (rows, cols), y, x)])
+            if params.offsets is not None:
+                value = value + np.float32(parts["offsets"][_of(params.block, (rows, cols), y, x)])
             if params.rounding == "once":
                 value = np.float32(np.float32(value).astype(NUMPY[params.round_dtype]))
             out[i, j] = value
@@ -96,7 +98,7 @@ def _of(block: tuple[int, int], shape: tuple[int, int], i: int, j: int) -> tuple
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[codec.Params, tuple[int, int]]:
     shape = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    term = draw(table_terms(shape).filter(lambda t: not isinstance(t.get("scales"), dict)))
+    term = draw(table_terms(shape).filter(lambda t: dict not in map(type, (t.get("scales"), t.get("offsets")))))
     return read(**{key: value for key, value in term.items() if key != "codec"}), shape
 
 
