@@ -15,7 +15,7 @@ from ..plan import Plan
 from . import _common as common
 from . import _ties as ties
 
-NAMES = ("qformat", "gptq", "awq", "exl3", "qtip", "higgs", "dense")  # tried in this order; dense is what is left
+NAMES = ("qformat", "gptq", "awq", "aqlm", "exl3", "qtip", "higgs", "dense")  # tried in this order; dense is what is left
 
 
 class Importer(Protocol):

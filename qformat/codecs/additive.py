@@ -97,7 +97,7 @@ def encode(params: Params, weight: Array, nearest: Nearest = nearest) -> dict[st
     vectors, importance = _tiles(ideal, params.group), _tiles(full, params.group)[:, 0] ** 2
     table = train(vectors, importance, params.books, 2**params.bits, nearest).astype(NUMPY[params.table])
     codes = search(vectors, table.astype(np.float32), nearest)
-    parts = {"codes": _packed(params, shape, codes), "table": table.reshape(*table.shape[:2], *params.group)}
+    parts = {"codes": pack(params, shape, codes), "table": table.reshape(*table.shape[:2], *params.group)}
     if params.scales is None:
         return parts
     unscaled = decode(params, shape, {**parts, "scales": np.ones_like(scales)})
@@ -109,8 +109,8 @@ def _tiles(matrix: Array, group: tuple[int, int]) -> Array:
     return np.ascontiguousarray(blocks.gather(np.ascontiguousarray(matrix), group).T)
 
 
-def _packed(params: Params, shape: tuple[int, int], codes: Array) -> Array:
-    """Codes [tiles, books] -> the part, the last run of each row filled up with zeros."""
+def pack(params: Params, shape: tuple[int, int], codes: Array) -> Array:
+    """Codes, integers [..., books] of tiles in row-major order -> the part, each row's last run filled up with zeros."""
     part = layout(params, shape)[0]
     rows, runs, size = part.shape
     stream = fields.pack(codes.reshape(rows, -1), params.bits)
