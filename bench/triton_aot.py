@@ -51,6 +51,7 @@ class Case(NamedTuple):
 
 INT = {"codec": "int", "bits": 4, "block": [1, 128], "zeros": "uint8"}
 TABLE = {"codec": "table", "bits": 4, "table": "nf4", "block": [1, 64], "scales": "float32"}
+ADDITIVE = {"codec": "additive", "scales": "float16"}
 TRELLIS = {"codec": "trellis", "scales": "float16", "order": "c0 c3 r3 c1 c2 r0 r1 r2", "reversed": True, "L": 16}
 CASES = {
     "int-4": Case(INT),
@@ -67,6 +68,9 @@ CASES = {
     "table-nf4": Case(TABLE),
     "table-p4": Case({**TABLE, "bits": 8, "p": 4, "table": "gauss-p4-n256", "block": [-1, -1]}),
     "table-rows-of-11": Case({**TABLE, "bits": 11, "table": "float16", "table_block": [1, -1]}, dtype=torch.float16),
+    "additive-2x8": Case({**ADDITIVE, "bits": 8, "books": 2}),
+    "additive-1x16": Case({**ADDITIVE, "bits": 16}),
+    "additive-tiles": Case({**ADDITIVE, "bits": 5, "books": 3, "group": [4, 6], "block": [3, 7]}, (1000, 1200)),
     **{f"trellis-hash-{bits}": Case({"codec": "trellis", **trellis.preset(bits, True, {})}) for bits in (2, 3, 4)},
     **{f"trellis-{code}": Case({**TRELLIS, "bits": [2], "code": code}) for code in ("1mad", "3inst", "mcg", "mul1")},
     "trellis-hyb": Case({**TRELLIS, "bits": [2], "V": 2, "code": "hyb", "index": [9], "table": "hyb-q9"}),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from making import int_terms, random_parts, table_terms, trellis_terms
+from making import additive_terms, int_terms, random_parts, table_terms, trellis_terms
 
 from qformat import checkpoint, codecs, files, manifest
 from qformat.dtypes import Array
@@ -252,14 +252,15 @@ def test_any_text_is_json_or_refused(text: str | bytes) -> None:
     json.dumps(found, ensure_ascii=False).encode()  # what is read can be written
 
 
-terms = st.one_of(int_terms((16, 32)), table_terms((16, 32)), trellis_terms())
+terms = st.one_of(additive_terms((16, 32)), int_terms((16, 32)), table_terms((16, 32)), trellis_terms())
 
 
 @settings(max_examples=200)
 @given(terms, st.data())
 def test_any_params_are_refused_or_decode(term: dict[str, Any], data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 3))):
-        key = data.draw(st.sampled_from([*term, "bits", "block", "scales", "view", "zeros", "table", "taps", "tile"]))
+        more = ["bits", "block", "scales", "view", "zeros", "table", "taps", "tile", "books"]
+        key = data.draw(st.sampled_from([*term, *more]))
         term = {**term, key: data.draw(json_values)}
     shape = (16, 32)
     try:
