@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qformat import checkpoint, codecs, weight
+from qformat.codecs import float as float_codec
 from qformat.codecs import trellis
 from qformat.converters import plan
 from qformat.dtypes import NUMPY, Array
@@ -62,7 +63,15 @@ def packed(rng: np.random.Generator, of: Entry, name: str = "w") -> PackedWeight
     parts: dict[str, Array] = {}
     for one in weight.layout(of):
         parts[one.name] = part(rng, one, parts)
+    for i, term in enumerate(of.terms):
+        prefix = f"{i}_" if len(of.terms) > 1 else ""
+        parts[f"{prefix}codes"] = finite(parts[f"{prefix}codes"], str(term.get("format")))
     return PackedWeight(name, of, parts)
+
+
+def finite(codes: Array, form: str) -> Array:
+    """Codes of 8 bits without those that stand for no finite number in one of the formats of ``float``."""
+    return codes & 0xFB | 1 if form.startswith(("e4m3", "e5m2")) else codes
 
 
 def random_parts(rng: np.random.Generator, params: Any, shape: tuple[int, int]) -> dict[str, Array]:
@@ -71,6 +80,7 @@ def random_parts(rng: np.random.Generator, params: Any, shape: tuple[int, int]) 
     parts: dict[str, Array] = {}
     for one in codecs.get(codec).layout(params, shape):
         parts[one.name] = part(rng, one, parts)
+    parts["codes"] = finite(parts["codes"], getattr(params, "format", ""))
     return parts
 
 
@@ -145,6 +155,22 @@ def int_terms(draw: st.DrawFn, shape: tuple[int, int], depth: int = 0) -> dict[s
 def _view(draw: st.DrawFn, shape: tuple[int, int]) -> list[int] | None:
     count = shape[0] * shape[1]
     return draw(_maybe(st.sampled_from([[n, count // n] for n in range(1, count + 1) if count % n == 0])))
+
+
+@st.composite
+def float_terms(draw: st.DrawFn, shape: tuple[int, int]) -> dict[str, Any]:
+    scales = draw(_maybe(st.one_of(st.sampled_from(SCALES), int_terms((1, 1), 1))))
+    return {
+        "codec": "float",
+        "format": draw(st.sampled_from(list(float_codec.FORMATS))),
+        "block": draw(_block),
+        "global_form": draw(st.sampled_from(["multiply", "divide", "last"])),
+        "global_divisor": draw(st.sampled_from([1, 3, 2688])),
+        "rounding": draw(st.sampled_from(["none", "once", "each"])),
+        "round_dtype": draw(st.sampled_from(FLOATS)),
+        **_given(global_scale=draw(_maybe(st.sampled_from(FLOATS))) if scales is not None else None),
+        **_given(scales=scales, view=_view(draw, shape)),
+    }
 
 
 @st.composite

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import making
 import numpy as np
 import pytest
 
@@ -36,7 +37,8 @@ def random_parts(codec: Any, params: Any, shape: tuple[int, int], seed: int = 0)
         elif dtype.kind in "iu":
             parts[part.name] = rng.integers(0, 2 ** (8 * min(dtype.itemsize, 1)), part.shape).astype(dtype)
         else:
-            parts[part.name] = rng.standard_normal(part.shape).astype(np.float32).astype(dtype)
+            parts[part.name] = making.numbers(rng, part.dtype, part.shape)
+    parts["codes"] = making.finite(parts["codes"], getattr(params, "format", ""))
     return parts
 
 
@@ -65,6 +67,14 @@ def matrices() -> Iterator[tuple[str, dict[str, Any], tuple[int, int]]]:
         params = {"bits": bits, "books": books, "group": group, "block": [2, 48], "scales": "float16"}
         yield "additive", params, (8, 1088)
     yield "additive", {"bits": 16, "books": 2, "group": [16, 1], "table": "bfloat16"}, (32, 37)
+    tiny = {"format": "e2m1", "block": [1, 16], "scales": "float8_e4m3fn", "global_scale": "float32"}
+    for form in ("multiply", "divide", "last"):
+        yield "float", {**tiny, "global_form": form}, (9, 1056)
+        yield "float", {**tiny, "global_form": form, "global_divisor": 2688, "scales": "bfloat16"}, (9, 77)
+    for form in ("e4m3fnuz", "e3m2", "e2m3", "e2m2", "e2m1"):
+        yield "float", {"format": form, "block": [4, 40], "scales": "float8_e8m0fnu"}, (9, 1100)
+        yield "float", {"format": form, "block": [1, 64], "view": [64, 64], "scales": "float32"}, (16, 256)
+    yield "float", {"format": "e2m3"}, (9, 77)
     for L in (8, 12, 16):
         yield "trellis", {"L": L, "bits": [2], "code": "mul1", "order": PLAIN}, (32, 64)
         mixed = {"L": L, "bits": [1, 2, 4, 3], "code": "mul1", "order": KERNEL, "reversed": True}

@@ -284,7 +284,55 @@ def decode_additive(term: dict[str, Any], rows: int, cols: int, parts: dict[str,
     return [[value(i, j) for j in range(cols)] for i in range(rows)]
 
 
-CODECS = {"additive": decode_additive, "int": decode_int, "table": decode_table, "trellis": decode_trellis}
+# format -> bits of the exponent and of the fraction, bias
+FLOATS: dict[str, tuple[int, int, int]] = {
+    "e4m3fn": (4, 3, 7),
+    "e5m2": (5, 2, 15),
+    "e4m3fnuz": (4, 3, 8),
+    "e5m2fnuz": (5, 2, 16),
+    "e3m2": (3, 2, 3),
+    "e2m3": (2, 3, 1),
+    "e2m2": (2, 2, 1),
+    "e2m1": (2, 1, 1),
+}
+
+
+def decode_float(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Tensor]) -> Matrix:
+    E, m, bias = FLOATS[term["format"]]
+    codes = code_rows(parts, 1 + E + m, cols)
+    scale = spread(parts["scales"], term, rows, cols) if "scales" in parts else None
+    rounding, dtype = term.get("rounding", "none"), term.get("round_dtype", "float32")
+    each = (lambda x: rounded(x, dtype)) if rounding == "each" else lambda x: x
+    last = (lambda x: x) if rounding == "none" else lambda x: rounded(x, dtype)
+    whole = parts["global_scale"].values[0] if "global_scale" in parts else None
+    h = None if whole is None else f32(whole / f32(term.get("global_divisor", 1)))
+
+    def number(code: int) -> float:
+        exponent, fraction = code >> m & (1 << E) - 1, code & (1 << m) - 1
+        value = math.ldexp(fraction + (1 << m), exponent - bias - m) if exponent else math.ldexp(fraction, 1 - bias - m)
+        return -value if code >> E + m else value
+
+    def value(i: int, j: int) -> float:
+        q = number(codes[i][j])
+        if scale is None:
+            return last(q)
+        s, form = scale(i, j), term.get("global_form", "multiply")
+        if h is None:
+            return last(f32(q * s))
+        if form == "last":
+            return last(f32(each(f32(q * s)) * h))
+        return last(f32(q * each(f32(s * h if form == "multiply" else s / h))))
+
+    return [[value(i, j) for j in range(cols)] for i in range(rows)]
+
+
+CODECS = {
+    "additive": decode_additive,
+    "float": decode_float,
+    "int": decode_int,
+    "table": decode_table,
+    "trellis": decode_trellis,
+}
 
 
 def decode_term(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Tensor], prefix: str) -> Matrix:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import entry, int_terms, packed, seeds, table_terms, trellis_terms
+from making import entry, float_terms, int_terms, packed, seeds, table_terms, trellis_terms
 
 from qformat import codecs, rotation, weight
 from qformat.dtypes import Array, rounded
@@ -29,9 +29,14 @@ def decode_term(term: dict[str, Any], shape: tuple[int, int], parts: dict[str, A
 @st.composite
 def entries(draw: st.DrawFn) -> Entry:
     """Weights of every kind that a manifest can describe: stacked, padded, transposed, rotated, several terms."""
-    kind = draw(st.sampled_from(["int", "table", "trellis"]))
+    kind = draw(st.sampled_from(["float", "int", "table", "trellis"]))
     shape = (16, 32) if kind == "trellis" else (draw(st.integers(1, 33)), draw(st.integers(1, 33)))
-    make = {"int": int_terms(shape), "table": table_terms(shape), "trellis": trellis_terms()}[kind]
+    make = {
+        "float": float_terms(shape),
+        "int": int_terms(shape),
+        "table": table_terms(shape),
+        "trellis": trellis_terms(),
+    }[kind]
     terms = draw(st.lists(make, min_size=1, max_size=3))
     more: dict[str, Any] = {"sum_dtype": draw(st.sampled_from(["float32", "float16", "bfloat16"]))}
     if len(terms) > 1 and draw(st.booleans()):

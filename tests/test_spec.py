@@ -140,6 +140,8 @@ def variables(params: Any, shape: tuple[int, int]) -> dict[str, Any]:
     whole = known.get("view") or shape
     known |= {"rows": shape[0], "cols": shape[1], "R": whole[0], "C": whole[1], "ceil": math.ceil, "Fraction": Fraction}
     known["b"] = resolved(known["block"], whole)
+    if "format" in known:
+        known["bits"] = params.bits
     if "table_block" in known:
         known["t"] = resolved(known["table_block"], shape)
     if "books" in known:

@@ -15,7 +15,8 @@ from ..plan import Plan
 from . import _common as common
 from . import _ties as ties
 
-NAMES = ("qformat", "gptq", "awq", "aqlm", "exl3", "qtip", "higgs", "dense")  # tried in this order; dense is what is left
+# tried in this order; dense is what is left
+NAMES = ("qformat", "gptq", "awq", "aqlm", "exl3", "mxfp4", "fp8", "qtip", "higgs", "dense")
 
 
 class Importer(Protocol):

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QF_ABI 3  // raised with every change of this file; kernels/native.py holds the same number
+#define QF_ABI 4  // raised with every change of this file; kernels/native.py holds the same number
 
 #if defined(__cplusplus)
 #define QF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -21,7 +21,7 @@ QF_EXPORT const char* qf_variant(void);          // name of the instruction set 
 QF_EXPORT int32_t qf_use(const char* variant);  // use another one from now on; QF_UNSUPPORTED: not on this machine
 
 // Packed matrices. Every one begins with a qf_matrix, and its own type says what follows.
-enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2, QF_ADDITIVE = 3 };  // codec
+enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2, QF_ADDITIVE = 3, QF_FLOAT = 4 };  // codec
 enum { QF_NONE = 0, QF_FLOAT32 = 1, QF_FLOAT16 = 2, QF_BFLOAT16 = 3, QF_UINT8 = 4, QF_INT16 = 5 };  // dtype
 
 typedef struct {
@@ -77,6 +77,17 @@ typedef struct {  // value = (table[0][code 0] + table[1][code 1] + ...) * scale
   qf_grid grid;
   qf_values scales;  // or QF_NONE
 } qf_additive;
+
+typedef struct {  // value = table[code] * scale * last
+  qf_matrix matrix;      // row_unit 1, col_unit 8 p
+  const uint8_t* codes;  // [rows, ceil(cols / p * bits / 8)]
+  int64_t bits, p;       // 4 to 8; 1 or 2
+  const float* table;    // [2^bits, p]
+  qf_grid grid;
+  qf_values scales;            // or QF_NONE
+  const float* scale_numbers;  // [256] what scales of 8 bits stand for, a global scale taken in; or null
+  float last;                  // 1 where there is none
+} qf_float;
 
 // Rows [r0, r1) as float32 [r1 - r0, cols]; r0 is a multiple of row_unit.
 QF_EXPORT int32_t qf_decode(const qf_matrix* matrix, int64_t r0, int64_t r1, float* out, int32_t threads);

@@ -30,9 +30,7 @@ from qformat.kernels.gpu import _tile, trellis  # noqa: E402
 Shape = tuple[int, int]
 Case = tuple[dict[str, Any], Shape]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-KERNELS: dict[str, Any] = {
-    name: importlib.import_module(f"qformat.kernels.gpu.{name}") for name in ("additive", "int", "table", "trellis")
-}
+KERNELS: dict[str, Any] = {name: importlib.import_module(f"qformat.kernels.gpu.{name}") for name in codecs.NAMES}
 PLAIN = "c0 c1 c2 c3 r0 r1 r2 r3"
 EXL3 = "c0 c3 r3 c1 c2 r0 r1 r2"
 few = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -69,6 +67,13 @@ def matrices() -> Iterator[Case]:
     for bits, books, group in ((8, 2, [1, 8]), (12, 1, [1, 8]), (16, 1, [1, 1]), (3, 5, [3, 4]), (1, 3, [1, 2])):
         yield {**additive, "bits": bits, "books": books, "group": group}, (group[0] * 6, 40)
     yield {**additive, "bits": 5, "books": 2, "group": [2, 4], "block": [3, 7], "table": "bfloat16"}, (34, 132)
+    tiny = {"codec": "float", "format": "e2m1", "block": [1, 16], "scales": "float8_e4m3fn", "global_scale": "float32"}
+    for form, rounding in itertools.product(("multiply", "divide", "last"), ("none", "once", "each")):
+        more = {"global_form": form, "global_divisor": 2688, "rounding": rounding, "round_dtype": "float16"}
+        yield {**tiny, **more}, (5, 40)
+    for form in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e3m2", "e2m3", "e2m2", "e2m1"):
+        yield {"codec": "float", "format": form, "block": [2, 7], "scales": "float8_e8m0fnu"}, (5, 45)
+    yield {"codec": "float", "format": "e2m3"}, (17, 130)
     for bits in (2, 3, 4):
         yield {"codec": "trellis", **trellis_codec.preset(bits, False, {})}, (16, 48)
     base = {"codec": "trellis", "order": EXL3, "reversed": True}
