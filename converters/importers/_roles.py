@@ -25,6 +25,14 @@ BIASED = {
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"), ("q_proj", "k_proj", "v_proj")),
 }
 
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types with weights [in, out] ...
+CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")  # ... in these layers
+
+
+def is_conv1d(config: Config, module: str) -> bool:
+    """Whether the model holds the layer's weight as [in, out]."""
+    return module.rpartition(".")[2] in CONV1D_LAYERS and part_of(config, module).get("model_type") in CONV1D
+
 
 def candidates(config: Config, module: str) -> tuple[list[int], list[int]]:
     """What rows and columns of a layer's weight may be, likeliest first; empty where config.json does not say."""

@@ -28,8 +28,6 @@ from ._gptq_layers import Layer
 from ._groups import Names
 
 NAME = "gptq"
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types with weights [in, out] ...
-CONV1D_LAYERS = ("c_attn", "q_attn", "c_fc", "c_proj")  # ... in these layers
 
 
 def detect(source: Checkpoint) -> str:
@@ -72,7 +70,7 @@ def _item(source: Checkpoint, layer: Layer) -> Item:
     *_, last = module.name.split(".")
     if last in common.EMBEDDINGS:
         raise UnsupportedError("packed linear layers", "a packed embedding", file=source.path, weight=module.weight)
-    transposed = last in CONV1D_LAYERS and roles.part_of(source.config, module.name).get("model_type") in CONV1D
+    transposed = roles.is_conv1d(source.config, module.name)
     entry = Entry(
         weights=(module.weight,),
         shape=(layer.cols, layer.rows) if transposed else (layer.rows, layer.cols),
