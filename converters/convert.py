@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qformat import checkpoint
+from qformat import checkpoint, sources
 from qformat.errors import QformatError
 
 from . import exporters
@@ -30,7 +30,7 @@ def convert(
     Returns the report that ``qformat convert --json`` prints.
     """
     started = time.perf_counter()
-    opened = checkpoint.open(source)
+    opened = sources.open(source)
     files = [file._asdict() for file in opened.files()]
     plan, found, reason = read(opened, scheme)
     coverage = account(opened, plan)

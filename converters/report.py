@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qformat import checkpoint, names
+from qformat import names, sources
 from qformat import verify as check
 from qformat.checkpoint import Checkpoint
 from qformat.errors import DamagedError
@@ -38,8 +38,14 @@ def _row(name: str, codec: str, shape: Sequence[int], bits: float, label: str) -
 
 
 def inspect(source: str | Path) -> dict[str, Any]:
-    """A checkpoint's report from headers alone; a foreign one as what it would become."""
-    opened = checkpoint.open(source)
+    """A checkpoint's report from headers alone; a foreign one as what it would become. Of a model on the Hub only what
+    it needs is read.
+    """
+    with sources.headers(source) as opened:
+        return _inspected(opened)
+
+
+def _inspected(opened: Checkpoint) -> dict[str, Any]:
     files = [file._asdict() for file in opened.files()]
     if opened.manifest is not None:
         return {**summary(opened), "notes": [], "files": files}
@@ -71,7 +77,7 @@ def verify(source: str | Path) -> dict[str, Any]:
     """
     opened, plan = None, None
     try:
-        opened = checkpoint.open(source)
+        opened = sources.open(source)
         if opened.manifest is None:
             plan, _, _ = read(opened)
             account(opened, plan)

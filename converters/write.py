@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import qformat
-from qformat import files, manifest, names
+from qformat import files, manifest, names, sources
 from qformat.checkpoint import KEY, Checkpoint
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UsageError
@@ -67,7 +67,7 @@ def write(
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / files.INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-        _write_config(folder, plan, coverage, packed)
+        _write_config(folder, plan, coverage, packed, sources.origin(source.path))
         if source.path.is_dir():
             _copy(source, folder)
 
@@ -148,10 +148,12 @@ class _Counter:
             self._progress(self._done, self._total, item.name)
 
 
-def _write_config(folder: Path, plan: Plan, coverage: Mapping[str, Any], packed: bool) -> None:
+def _write_config(folder: Path, plan: Plan, coverage: Mapping[str, Any], packed: bool, origin: str) -> None:
     config = dict(plan.config)
     if packed:
         provenance = {"tool": f"qformat {qformat.__version__}", "scheme": plan.scheme, "source": coverage}
+        if origin:
+            provenance["origin"] = origin
         if plan.settings is not None:
             provenance["settings"] = plan.settings
         entries = manifest.group((item.name, item.entry) for item in plan.items if item.entry is not None)

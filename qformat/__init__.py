@@ -20,7 +20,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "converters").is_dir():
     __path__.append(str(_root))
 
 _LAZY = {
-    "open": "qformat.checkpoint",
+    "open": "qformat.sources",
     "convert": "qformat.converters.convert",
     "quantize": "qformat.converters.quantize.job",
     "inspect": "qformat.converters.report",
@@ -28,6 +28,8 @@ _LAZY = {
     "load": "qformat.runtime.huggingface",
     "evaluate": "qformat.runtime.evaluate",
     "export": "qformat.runtime.ort.export",
+    "push": "qformat.converters.hub",
+    "pull": "qformat.converters.hub",
 }
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -54,6 +54,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.fill: Callable[[int, int], None] | None = None  # brings bytes of a file that holds but its header
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -68,6 +69,8 @@ class Shard:
     def raw(self, name: str) -> Array:
         """The bytes of a tensor, uint8, not copied."""
         tensor = self.tensors[name]
+        if self.fill is not None:
+            self.fill(tensor.start, tensor.stop)
         return np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.start)
 
     def array(self, name: str) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qformat import checkpoint, tables
+from qformat import sources, tables
 from qformat.checkpoint import Checkpoint
 from qformat.errors import UsageError
 
@@ -33,8 +33,8 @@ def evaluate(
     in nats, ``kl_ci95`` a bootstrap over windows; they, ``top1`` and ``reference_perplexity`` are None without a
     reference.
     """
-    opened = checkpoint.open(source)
-    against = checkpoint.open(reference) if reference is not None else None
+    opened = sources.open(source)
+    against = sources.open(reference) if reference is not None else None
     path = Path(text) if text is not None else tables.resource("examples/heldout.txt")
     model = _model(opened)
     other = _model(against) if against is not None else None

@@ -37,9 +37,12 @@ HOSTS = {"huggingface", "vllm_plugin", "sglang_plugin", "ort"}
 LIBRARIES = {
     "qformat": ("numpy ml_dtypes msgspec xxhash", ""),
     "qformat.cli": ("typer rich", "torch"),
+    "qformat.sources": ("", "huggingface_hub"),
     "qformat.kernels.gpu": ("torch triton", ""),
     "qformat.kernels.decoders": ("", "torch"),
     "qformat.converters": ("", "torch"),
+    "qformat.converters.hub": ("", "huggingface_hub"),
+    "qformat.converters.card": ("", "huggingface_hub"),
     "qformat.runtime": ("torch", ""),
     "qformat.runtime.huggingface": ("transformers", ""),
     "qformat.runtime.evaluate": ("", "transformers tokenizers"),

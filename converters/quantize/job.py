@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qformat import checkpoint, codecs
+from qformat import checkpoint, codecs, sources
 from qformat.checkpoint import Checkpoint
 from qformat.dtypes import Array
 from qformat.errors import QformatError, UsageError
@@ -41,7 +41,7 @@ def quantize(
 
     Returns the report that ``qformat quantize --json`` prints.
     """
-    opened = checkpoint.open(source)
+    opened = sources.open(source)
     files = [file._asdict() for file in opened.files()]
     dense, found, _ = read(opened)
     if found != "dense":

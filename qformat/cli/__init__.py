@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,9 @@ def main() -> None:
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when the Hub's client is imported
+    if "--quiet" in sys.argv or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     wrong_usage: Any = typer.BadParameter.__mro__[1]  # its base class, which typer gives no name
     try:
         app(standalone_mode=False)

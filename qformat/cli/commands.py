@@ -19,7 +19,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="model folder or safetensors file", show_default=False)]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="model folder, safetensors file, or org/name[@revision] on the Hub", show_default=False
+    ),
+]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="folder to write", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
@@ -156,7 +161,7 @@ def verify(source: Source, as_json: AsJson = False, debug: Debug = False) -> Non
 @app.command("eval")
 def evaluate(
     source: Source,
-    reference: Annotated[Path | None, typer.Option(help="the dense model to compare with")] = None,
+    reference: Annotated[str | None, typer.Option(help="the dense model to compare with")] = None,
     text: Annotated[Path | None, typer.Option(help="text file; default: the bundled held-out text")] = None,
     window: Annotated[int, typer.Option(min=2, help="tokens of a window, each run alone")] = 512,
     tokens: Annotated[int, typer.Option(min=2, help="tokens of the text that are used")] = 100_000,
@@ -197,6 +202,53 @@ def export(
         return job(source, target, dtype=dtype, overwrite=overwrite)
 
     run.command(work, "exported", as_json, debug)
+
+
+@app.command()
+def push(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="folder that qformat packed", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name[@branch]", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="branch, made where there is none; default: main")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make a private repository")] = False,
+    pr: Annotated[bool, typer.Option("--pr", help="open a pull request")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be sent, and send nothing")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="default: where SRC was converted from")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a packed model to the Hub; what is there already is not sent again."""
+
+    def work() -> dict[str, Any]:
+        from qformat.converters.hub import push as job
+
+        return job(source, repo, revision=revision, private=private, pr=pr, dry_run=dry_run, base_model=base_model)
+
+    run.command(work, "pushed", as_json, debug)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name[@revision]", show_default=False)],
+    target: Target,
+    everything: Annotated[
+        bool, typer.Option("--all", help="second copies of the weights and other folders, too")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a model from the Hub, its checksums compared."""
+
+    def work() -> dict[str, Any]:
+        from qformat.converters.hub import pull as job
+
+        return job(repo, target, everything=everything, overwrite=overwrite)
+
+    run.command(work, "pulled", as_json, debug)
 
 
 @app.command()

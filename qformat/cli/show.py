@@ -117,6 +117,24 @@ def exported(report: Report) -> None:
     )
 
 
+def pushed(report: Report) -> None:
+    for note in report["notes"]:
+        _console().print(_safe(f"note: {note}"))
+    for file in report["files"]:
+        _console().print(_safe(f"{file['name']}: {_size(file['bytes'])}"))
+    for name in report["deleted"]:
+        _console().print(_safe(f"removed: {name}, of an earlier model"))
+    what = "nothing sent" if report["dry_run"] else report["url"] if report["changed"] else "already there"
+    _console().print(_safe(f"{report['repo']}, {report['revision']}: {_size(report['bytes'])}, {what}"))
+
+
+def pulled(report: Report) -> None:
+    for name in report["left_out"]:
+        _console().print(_safe(f"left out: {name}; --all takes everything"))
+    checked = f"checksums of {report['checked']} of {report['shards']} shards compared"
+    _console().print(_safe(f"{report['path']}: {_size(report['bytes'])} from {report['repo']}, {checked}"))
+
+
 def codecs(report: Report) -> None:
     table = _table("codec", "what it is", "native", "triton")
     for row in report["codecs"]:

@@ -25,7 +25,7 @@ import torch
 from onnxscript import ir
 
 import qformat
-from qformat import checkpoint, files, weight
+from qformat import files, sources, weight
 from qformat.checkpoint import Checkpoint
 from qformat.errors import DamagedError, QformatError, UnsupportedError, UsageError
 from qformat.staging import staged
@@ -49,7 +49,7 @@ def export(
     decoder of linear layers and embeddings, :class:`DamagedError` for a tensor that the model needs and the shards
     lack.
     """
-    opened, target = checkpoint.open(source), Path(target)
+    opened, target = sources.open(source), Path(target)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {' or '.join(DTYPES)}", dtype)
     if opened.manifest is None:
