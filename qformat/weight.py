@@ -173,7 +173,8 @@ class PackedWeight:
             raise error.located(file=self.file, weight=self.name) from None
         if rotated:
             return np.stack(matrices).reshape(*lead, *matrix_shape(self.entry))
-        return np.stack([self._cut(matrix) for matrix in matrices]).reshape(self.entry.shape)[slice(*(self.rows or (None,)))]
+        whole = np.stack([self._cut(matrix) for matrix in matrices]).reshape(self.entry.shape)
+        return whole if self.rows is None else whole[slice(*self.rows)]
 
     def _cut(self, matrix: Array) -> Array:
         """Codec's orientation and padding -> the model's."""
@@ -217,6 +218,7 @@ class PackedWeight:
         if stored_shape == shape:
             stored_shape = None
         self._check_rotation_cut("out" if along_out else "in", start, end, padded)
+        self._check_units(0 if along_out else 1, start, end, padded)
         cut = {part.name: self._cut_part(part, along_out, start, end, padded) for part in layout(entry)}
         result = replace(self, entry=msgspec.structs.replace(entry, shape=shape, stored_shape=stored_shape), parts=cut)
         try:
@@ -232,6 +234,14 @@ class PackedWeight:
                 "no cut through a permutation" if side.perm else f"cuts at multiples of the rotation's size {side.size}"
             )
             raise UnsupportedError(what, f"{start}..{end}", weight=self.name)
+
+    def _check_units(self, side: int, start: int, end: int, padded: int) -> None:
+        """A code may stand for several rows or columns: no cut goes through them."""
+        for _, term, _ in _terms(self.entry):
+            codec, params = codecs.read_params(term)
+            unit = codec.units(params)[side]
+            if start % unit or (end % unit and end != padded):
+                raise UnsupportedError(f"cuts at multiples of {unit}", f"{start}..{end}", weight=self.name)
 
     def _cut_part(self, part: Part, along_out: bool, start: int, end: int, padded: int) -> Array:
         axis, unit = (part.out_axis, part.out_unit) if along_out else (part.in_axis, part.in_unit)
