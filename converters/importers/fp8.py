@@ -31,8 +31,9 @@ METHODS = ("fp8", "fbgemm_fp8")
 SHARED = ("modelopt", "compressed-tensors", "quark")  # methods that name FP8 and much else: the tensors decide
 FORMATS = {"F8_E4M3": "e4m3fn", "F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
 SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale_weight", "scale")  # all of them multiply
-ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "qscale_act")
+ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "qscale_act", "scale_input")
 CACHE = ("k_scale", "v_scale")
+MARKER = "scaled_fp8"  # an empty tensor that says of the others what they are
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
 EXPONENTS = ("float8_e8m0fnu", "uint8")  # uint8 scales are exponents, too
 GROUP = 32  # columns that share an exponent
@@ -85,7 +86,7 @@ def detect(source: Checkpoint) -> str:
     if not weights or others or kinds - {*common.FLOATS, *(source.tensors[name].dtype for name in weights)}:
         return ""
     beside = f'quant_method "{method}"' if method else "the settings name no quant_method"
-    return f"{weights[0]} is {source.tensors[weights[0]].dtype} beside its scale; {beside}"
+    return f"{weights[0]} is {source.tensors[weights[0]].dtype}; {beside}"
 
 
 def plan(source: Checkpoint) -> Plan:
@@ -97,7 +98,8 @@ def plan(source: Checkpoint) -> Plan:
     _check(source, found, layers)
     items = [_item(source, layer) for layer in layers]
     used = {name for item in items for name in item.consumes}
-    spare = [name for name in source.tensors if name not in used and name.rpartition(".")[2] in (*ACTIVATIONS, *CACHE)]
+    loose = (*ACTIVATIONS, *CACHE, MARKER)
+    spare = [name for name in source.tensors if name not in used and name.rpartition(".")[2] in loose]
     packed = [item.name for item in items]
     return Plan(
         scheme=NAME,
@@ -132,7 +134,7 @@ def _is_weight(source: Checkpoint, name: str) -> bool:
     """Float8 numbers that are no scale of another tensor, or int8 ones beside exponents: FP4."""
     tensor = source.tensors[name]
     if tensor.tag in FORMATS:
-        return not _partner(name, (*SCALES, *ACTIVATIONS))
+        return name != MARKER and not _partner(name, (*SCALES, *ACTIVATIONS))
     beside = _partners(source, name, SCALES).values() if tensor.tag == "I8" else ()
     return any(source.tensors[scale].dtype in EXPONENTS for scale in beside)
 
@@ -192,9 +194,8 @@ def _block(layer: Layer, tiles: set[tuple[int, int]]) -> tuple[int, int]:
         places = {TILE: [(down, 1, across, 1)]}
     elif scale.dtype in EXPONENTS:
         places[1, GROUP] = groups
-    fitting = [block for block, shapes in places.items() if scale.shape in shapes]
-    known = scale.dtype in SCALE_DTYPES
-    if not known or not fitting or len(fitting) > 1 and math.prod(scale.shape) > math.prod(lead):
+    fitting = {blocks.size(block, (rows, cols)): block for block, shapes in places.items() if scale.shape in shapes}
+    if scale.dtype not in SCALE_DTYPES or len(fitting) != 1:
         shapes = " or ".join(str(list(shape)) for shape in dict.fromkeys(s for one in places.values() for s in one))
         raise DamagedError(
             f"{' or '.join(SCALE_DTYPES)} scales of shape {shapes} for {list(layer.tensor.shape)}",
@@ -203,7 +204,7 @@ def _block(layer: Layer, tiles: set[tuple[int, int]]) -> tuple[int, int]:
             weight=layer.scale,
             hint="" if tiles else "the tile of a block scale is weight_block_size in config.json",
         )
-    return fitting[0]
+    return next(iter(fitting.values()))
 
 
 def _oriented(layer: Layer, grid: tuple[int, int]) -> tuple[int, ...]:
@@ -248,8 +249,7 @@ def _item(source: Checkpoint, layer: Layer) -> Item:
 def _parts(layer: Layer) -> dict[str, Array]:
     source, (rows, cols), lead = layer.source, layer.matrix, layer.tensor.shape[:-2]
     codes = source.raw(layer.name).reshape(layer.tensor.shape)
-    special = ~np.isfinite(codec.elements(layer.format))
-    if special.any() and (count := int(special[codes].sum())):
+    if count := codec.special(layer.format, codes):
         raise DamagedError(
             "finite numbers", f"{count} that are not", file=source.file_of(layer.name), weight=layer.name
         )

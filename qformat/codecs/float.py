@@ -224,9 +224,13 @@ def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) ->
     blocks.check_finite({name: parts[name] for name in ("scales", "global_scale") if name in parts})
     if params.global_form == "divide" and "global_scale" in parts and not parts["global_scale"].all():
         raise DamagedError("a global_scale to divide by", "0")
-    special = ~np.isfinite(elements(params.format))
-    if special.any() and (count := int(special[parts["codes"]].sum())):  # only formats of 8 bits have such codes
+    if count := special(params.format, parts["codes"]):
         raise DamagedError("codes of finite numbers", f"{count} that are not")
+
+
+def special(name: str, codes: Array) -> int:
+    """How many codes, uint8, stand for no finite number; only formats of 8 bits have such."""
+    return sum(int(np.count_nonzero(codes == code)) for code in np.flatnonzero(~np.isfinite(elements(name))))
 
 
 def units(params: Params) -> tuple[int, int]:

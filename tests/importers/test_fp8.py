@@ -165,6 +165,24 @@ def test_activation_scales_stand_in_the_manifest_alone(tmp_path: Path) -> None:
     )
 
 
+def test_a_marker_of_scaled_weights_is_left_out(tmp_path: Path) -> None:
+    """As files of diffusion models have it, whose scales are called otherwise; and one that is nothing but cast."""
+    weight, scale = codes((4, 8)), scales(())
+    tensors = {"a.weight": weight, "a.scale_weight": scale, "scaled_fp8": np.zeros(0, E4M3)}
+    plan = foreign.plan_of(foreign.write(tmp_path / "scaled", tensors, {}))
+    assert np.array_equal(foreign.decoded(plan)["a.weight"], weight.astype(np.float32) * scale)
+    assert plan.left_out == ("scaled_fp8",)
+    with pytest.raises(DamagedError, match="a.weight: expected one scale beside it"):
+        foreign.plan_of(foreign.write(tmp_path / "cast", {"a.weight": weight}, {}))
+
+
+def test_a_tile_larger_than_the_matrix(tmp_path: Path) -> None:
+    tensors = {f"{MODULE}.weight": codes((4, 8)), f"{MODULE}.weight_scale_inv": scales((1, 1))}
+    found = decoded(write(tmp_path, tensors, {"weight_block_size": [128, 128]}))[f"{MODULE}.weight"]
+    wanted = tensors[f"{MODULE}.weight"].astype(np.float32) * tensors[f"{MODULE}.weight_scale_inv"]
+    assert np.array_equal(found, wanted)
+
+
 def test_no_activations_where_the_source_has_none(tmp_path: Path) -> None:
     tensors = {f"{MODULE}.weight": codes((4, 8)), f"{MODULE}.weight_scale": scales(())}
     folder = foreign.write(tmp_path, tensors, {"quantization_config": {"quant_method": "fbgemm_fp8"}})
