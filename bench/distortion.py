@@ -24,7 +24,7 @@ from qformat.kernels import native
 
 HASH32 = {"shift": 7, "taps": [0, 3, 5, 12], "index": [3, 2], "table": "hash-32", "L": 14, "code": "hash"}
 ONE = {"block": [-1, -1], "scales": "float16"}
-CASES = {  # name: codec, bits, settings, bound
+CASES = {  # name: codec, bits (of each term, where they are several), settings, bound
     "int-2": ("int", 2, {}, None),
     "table-lloyd-2": ("table", 2, {"bits": 2, "p": 1, "table": "gauss-p1-n4", **ONE}, 0.1178),
     "table-lloyd-3": ("table", 3, {"bits": 3, "p": 1, "table": "gauss-p1-n8", **ONE}, None),
@@ -32,6 +32,9 @@ CASES = {  # name: codec, bits, settings, bound
     "table-lloyd-4-blocks": ("table", 4, {}, None),
     "table-p2-4": ("table", 4, {"bits": 8, "p": 2, "table": "higgs-p2-n256", **ONE}, 0.0078),
     "table-p4-2": ("table", 2, {}, None),
+    "e8p-2": ("e8p", 2, {}, 0.0916),
+    "e8p-3": ("e8p", (2, 1), {}, 0.0308),
+    "e8p-4": ("e8p", (2, 2), {}, 0.0098),
     "hash-2": ("trellis", 2, {}, 0.0735),
     "hash-3": ("trellis", 3, {}, 0.0187),
     "hash-4": ("trellis", 4, {}, 0.0053),
@@ -45,17 +48,22 @@ CASES = {  # name: codec, bits, settings, bound
 
 def measure(name: str, matrix: np.ndarray) -> dict[str, object]:
     codec_name, bits, settings, bound = CASES[name]
-    term = {"codec": codec_name, **get(codec_name).preset(bits, True, settings)}
-    codec, params = read_params(term)
-    started = time.perf_counter()
-    parts = encoder(codec)(params, matrix)
-    seconds = time.perf_counter() - started
-    error = codec.decode(params, matrix.shape, parts).astype(np.float64) - matrix
-    stored = 8 * sum(part.nbytes for part in parts.values()) / matrix.size
+    terms, nbytes, seconds, error = [], 0, 0.0, matrix.astype(np.float64)
+    for width in bits if isinstance(bits, tuple) else (bits,):  # each term takes what those before it leave over
+        term = {"codec": codec_name, **get(codec_name).preset(width, True, settings)}
+        codec, params = read_params(term)
+        started = time.perf_counter()
+        parts = encoder(codec)(params, error.astype(np.float32))
+        seconds += time.perf_counter() - started
+        error = error - codec.decode(params, matrix.shape, parts)
+        nbytes += sum(part.nbytes for part in parts.values())
+        terms.append(term)
+    bits = sum(bits) if isinstance(bits, tuple) else bits
+    stored = 8 * nbytes / matrix.size
     mse = float((error**2).mean() / (matrix.astype(np.float64) ** 2).mean())
     return {
         "name": name,
-        "term": term,
+        "terms": terms,
         "bits": bits,
         "stored_bits": round(stored, 5),
         "mse": round(mse, 6),

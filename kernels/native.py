@@ -24,7 +24,7 @@ from qformat import blocks, codecs
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UnsupportedError
 
-ABI = 4  # of kernels/cpu/qformat.h
+ABI = 5  # of kernels/cpu/qformat.h
 OK, UNSUPPORTED, NO_MEMORY = 0, -1, -2
 VARIANTS = ("avx512", "avx2", "scalar")
 SUFFIXES = (".so", ".pyd", ".dylib")

@@ -212,6 +212,19 @@ def additive_terms(draw: st.DrawFn, shape: tuple[int, int]) -> dict[str, Any]:
 
 
 @st.composite
+def e8p_terms(draw: st.DrawFn, shape: tuple[int, int]) -> dict[str, Any]:
+    scales = st.one_of(st.sampled_from(SCALES), int_terms((1, 1), 1))
+    return {
+        "codec": "e8p",
+        "bits": draw(st.sampled_from([1, 2])),
+        "block": draw(_block),
+        "rounding": draw(st.sampled_from(["none", "once"])),
+        "round_dtype": draw(st.sampled_from(FLOATS)),
+        **_given(scales=draw(_maybe(scales))),
+    }
+
+
+@st.composite
 def trellis_terms(draw: st.DrawFn, tiles: tuple[tuple[int, int], ...] = ((16, 16), (8, 16), (4, 8))) -> dict[str, Any]:
     code = draw(st.sampled_from(["hash", "1mad", "2mad", "3inst", "hyb", "lut", "mcg", "mul1", "table"]))
     L = draw(st.integers(8, 16 if code != "table" else 10))

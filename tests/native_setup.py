@@ -75,6 +75,11 @@ def matrices() -> Iterator[tuple[str, dict[str, Any], tuple[int, int]]]:
         yield "float", {"format": form, "block": [4, 40], "scales": "float8_e8m0fnu"}, (9, 1100)
         yield "float", {"format": form, "block": [1, 64], "view": [64, 64], "scales": "float32"}, (16, 256)
     yield "float", {"format": "e2m3"}, (9, 77)
+    for bits in (1, 2):
+        yield "e8p", {"bits": bits}, (9, 1048)
+        yield "e8p", {"bits": bits, "block": [2, 5], "scales": "float16"}, (9, 40)
+        rounded = {"bits": bits, "scales": "float32", "rounding": "once", "round_dtype": "float16"}
+        yield "e8p", rounded, (9, 2056)
     for L in (8, 12, 16):
         yield "trellis", {"L": L, "bits": [2], "code": "mul1", "order": PLAIN}, (32, 64)
         mixed = {"L": L, "bits": [1, 2, 4, 3], "code": "mul1", "order": KERNEL, "reversed": True}

@@ -284,6 +284,25 @@ def decode_additive(term: dict[str, Any], rows: int, cols: int, parts: dict[str,
     return [[value(i, j) for j in range(cols)] for i in range(rows)]
 
 
+def decode_e8p(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Tensor]) -> Matrix:
+    bits, codes = term.get("bits", 2), parts["codes"].values
+    table = named_table("e8p" if bits == 2 else "e81b")
+    of = {"block": [-1, -1], **term}
+    scale = spread(parts["scales"], of, rows, cols) if "scales" in parts else None
+
+    def value(i: int, j: int) -> float:
+        first, k = (i * cols + j) // 8 * bits, j % 8
+        x = table[codes[first + bits - 1]][k]
+        if bits == 2:
+            odd = codes[first].bit_count() % 2
+            turned = codes[first] ^ odd
+            x = (-x if turned >> (0, 4, 1, 5, 2, 6, 3, 7)[k] & 1 else x) + (-0.25 if odd else 0.25)
+        x = f32(x * scale(i, j)) if scale else x
+        return rounded(x, term.get("round_dtype", "float32")) if term.get("rounding") == "once" else x
+
+    return [[value(i, j) for j in range(cols)] for i in range(rows)]
+
+
 # format -> bits of the exponent and of the fraction, bias
 FLOATS: dict[str, tuple[int, int, int]] = {
     "e4m3fn": (4, 3, 7),
@@ -328,6 +347,7 @@ def decode_float(term: dict[str, Any], rows: int, cols: int, parts: dict[str, Te
 
 CODECS = {
     "additive": decode_additive,
+    "e8p": decode_e8p,
     "float": decode_float,
     "int": decode_int,
     "table": decode_table,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from making import additive_terms, int_terms, random_parts, table_terms, trellis_terms
+from making import additive_terms, e8p_terms, int_terms, random_parts, table_terms, trellis_terms
 
 from qformat import checkpoint, codecs, files, manifest
 from qformat.dtypes import Array
@@ -252,7 +252,8 @@ def test_any_text_is_json_or_refused(text: str | bytes) -> None:
     json.dumps(found, ensure_ascii=False).encode()  # what is read can be written
 
 
-terms = st.one_of(additive_terms((16, 32)), int_terms((16, 32)), table_terms((16, 32)), trellis_terms())
+SHAPE = 16, 32
+terms = st.one_of(additive_terms(SHAPE), e8p_terms(SHAPE), int_terms(SHAPE), table_terms(SHAPE), trellis_terms())
 
 
 @settings(max_examples=200)
@@ -262,23 +263,22 @@ def test_any_params_are_refused_or_decode(term: dict[str, Any], data: st.DataObj
         more = ["bits", "block", "scales", "view", "zeros", "table", "taps", "tile", "books"]
         key = data.draw(st.sampled_from([*term, *more]))
         term = {**term, key: data.draw(json_values)}
-    shape = (16, 32)
     try:
         codec, params = codecs.read_params(term)
-        parts = codec.layout(params, shape)
+        parts = codec.layout(params, SHAPE)
     except QformatError:
         return
     assert all(isinstance(size, int) and size > 0 for part in parts for size in part.shape)
     assume(all(isinstance(part.dtype, str) for part in parts))
     assume(sum(part.nbytes for part in parts) < 1 << 20)
-    arrays = random_parts(np.random.default_rng(0), params, shape)
+    arrays = random_parts(np.random.default_rng(0), params, SHAPE)
     try:
-        codec.check(params, shape, arrays)
+        codec.check(params, SHAPE, arrays)
     except QformatError:
         return
     with np.errstate(over="ignore", invalid="ignore"):
-        values = codec.decode(params, shape, arrays)
-    assert values.shape == shape and values.dtype == np.float32
+        values = codec.decode(params, SHAPE, arrays)
+    assert values.shape == SHAPE and values.dtype == np.float32
 
 
 @given(json_values)

@@ -30,7 +30,7 @@ HEADINGS = "Name, Parameters, Parts, Bit layout, Decode arithmetic, Validity, Ex
     ", "
 )
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RULE = re.compile(r"^\*\*([A-Z]\d+|[a-z]+-\d+)\.\*\*", re.MULTILINE)
+RULE = re.compile(r"^\*\*([A-Z]\d+|[a-z][a-z0-9]*-\d+)\.\*\*", re.MULTILINE)
 SCHEMA = manifest.schema()
 ENTRY = SCHEMA["properties"]["entries"]["items"]
 

@@ -16,7 +16,7 @@ from . import _common as common
 from . import _ties as ties
 
 # tried in this order; dense is what is left
-NAMES = ("qformat", "gptq", "awq", "aqlm", "bitsandbytes", "exl3", "mxfp4", "fp8", "qtip", "higgs", "dense")
+NAMES = ("qformat", "gptq", "awq", "aqlm", "bitsandbytes", "exl3", "mxfp4", "fp8", "qtip", "higgs", "quip", "dense")
 
 
 class Importer(Protocol):

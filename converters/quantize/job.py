@@ -21,7 +21,7 @@ from ..write import Progress, account, timed, write
 from .select import TRANSPOSED_EXPERTS, select
 from .weight import Rotate, entry_of, pack
 
-ROTATED = ("trellis",)  # codecs that are made for Gaussian weights: rotated unless told otherwise
+ROTATED = ("e8p", "trellis")  # codecs that are made for Gaussian weights: rotated unless told otherwise
 
 
 def quantize(

@@ -16,7 +16,7 @@
 namespace qf {
 namespace {
 
-const Decoder decoders[] = {decode_int, decode_table, decode_trellis, decode_additive, decode_float};  // by codec
+const Decoder decoders[] = {decode_int, decode_table, decode_trellis, decode_additive, decode_float, decode_e8p};  // by codec
 
 constexpr int64_t scratch = 1 << 15;   // floats: 128 KiB, a part of the second-level cache
 constexpr int64_t deepest = 1 << 12;   // columns of a strip: those of the widest tile

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QF_ABI 4  // raised with every change of this file; kernels/native.py holds the same number
+#define QF_ABI 5  // raised with every change of this file; kernels/native.py holds the same number
 
 #if defined(__cplusplus)
 #define QF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -21,7 +21,7 @@ QF_EXPORT const char* qf_variant(void);          // name of the instruction set 
 QF_EXPORT int32_t qf_use(const char* variant);  // use another one from now on; QF_UNSUPPORTED: not on this machine
 
 // Packed matrices. Every one begins with a qf_matrix, and its own type says what follows.
-enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2, QF_ADDITIVE = 3, QF_FLOAT = 4 };  // codec
+enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2, QF_ADDITIVE = 3, QF_FLOAT = 4, QF_E8P = 5 };  // codec
 enum { QF_NONE = 0, QF_FLOAT32 = 1, QF_FLOAT16 = 2, QF_BFLOAT16 = 3, QF_UINT8 = 4, QF_INT16 = 5 };  // dtype
 
 typedef struct {
@@ -88,6 +88,16 @@ typedef struct {  // value = table[code] * scale * last
   const float* scale_numbers;  // [256] what scales of 8 bits stand for, a global scale taken in; or null
   float last;                  // 1 where there is none
 } qf_float;
+
+typedef struct {  // value = numbers[32 + quarters] * scale, the quarters of a point of the lattice
+  qf_matrix matrix;      // row_unit 1, col_unit 8
+  const uint8_t* codes;  // [rows, cols / 8, bits]
+  int64_t bits;          // 1: the number of a point; 2: signs, the number of a pattern
+  const int8_t* points;  // [256, 8] points or patterns, in quarters
+  const float* numbers;  // [64]
+  qf_grid grid;
+  qf_values scales;  // or QF_NONE
+} qf_e8p;
 
 // Rows [r0, r1) as float32 [r1 - r0, cols]; r0 is a multiple of row_unit.
 QF_EXPORT int32_t qf_decode(const qf_matrix* matrix, int64_t r0, int64_t r1, float* out, int32_t threads);

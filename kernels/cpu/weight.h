@@ -17,7 +17,7 @@ struct Block {
   int64_t ld;
 };
 using Decoder = void (*const*)(const Block&);  // one for each instruction set
-extern const Decoder decode_int, decode_table, decode_trellis, decode_additive, decode_float;
+extern const Decoder decode_int, decode_table, decode_trellis, decode_additive, decode_float, decode_e8p;
 
 QF_INLINE float from_bits(uint32_t bits) { return load<float>(&bits); }
 

@@ -11,7 +11,7 @@ from ..errors import DamagedError, UnsupportedError
 from ..layout import Part
 from ..records import Record, read_record
 
-NAMES = ("additive", "float", "int", "table", "trellis")
+NAMES = ("additive", "e8p", "float", "int", "table", "trellis")
 MAX_NESTING = 2  # levels of parts that are themselves packed
 
 

@@ -24,7 +24,10 @@ def drafts(kind: str) -> Iterator[Draft]:
             parts = {name: _array(*part) for name, part in item["parts"].items()}
             values = _array("float32", item["shape"], item["values"])
             what = f"{item['what']} ({item['source']})"
-            yield packed(item["name"], what, item["rules"], item["term"], item["shape"], parts=parts, values=values)
+            keys = {key: item[key] for key in ("sum_dtype",) if key in item}
+            yield packed(
+                item["name"], what, item["rules"], item["term"], item["shape"], parts=parts, values=values, **keys
+            )
 
 
 def _array(dtype: str, shape: list[int], text: str) -> Array:

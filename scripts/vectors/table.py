@@ -48,7 +48,7 @@ def example() -> Draft:
 
 def _named() -> Iterator[Draft]:
     for name in tables.names():
-        if name.startswith(("nf4", "fp4", "higgs", "gauss")):
+        if name.startswith(("nf4", "fp4", "higgs", "gauss", "d4", "hi4")):
             cols = 52 if tables.named(name).size <= 64 else 92
             yield packed(
                 f"table/{name}",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import random_parts, seeds, table_terms
+from making import entry, packed, random_parts, seeds, table_terms
 
 from qformat import bits, codecs, tables
 from qformat.codecs import table as codec
@@ -33,6 +33,13 @@ def test_higgs_grids_are_the_published_ones(name: str) -> None:
     ours, published = tables.named(name.replace("higgs-grid-", "higgs-")), PUBLISHED[name]
     assert list(ours.shape) == published["shape"] and ours.dtype.name == published["dtype"]
     assert hashlib.sha256(ours.tobytes()).hexdigest() == published["sha256"]
+
+
+@pytest.mark.parametrize("name", ["d4", "hi4b1c"])
+def test_grids_of_half_integers_are_the_published_ones(name: str) -> None:
+    halves, published = tables.named(name) * 2, PUBLISHED[f"{name}_grid"]
+    assert np.array_equal(halves.ravel().astype(np.int8), halves.ravel())
+    assert hashlib.sha256(halves.astype(np.int8).tobytes()).hexdigest() == published["sha256"]
 
 
 def test_nf4_and_fp4_are_those_of_the_kernels() -> None:
@@ -260,3 +267,12 @@ def test_presets_are_of_their_bits(width: int, rotated: bool) -> None:
     shape = (64, 256)
     nbytes = sum(part.nbytes for part in codec.layout(params, shape))
     assert width <= 8 * nbytes / (64 * 256) <= width + 0.26
+
+
+def test_no_cut_goes_through_an_entry() -> None:
+    """Sixteen bits for two columns: a byte for each, and yet one code."""
+    term = {"codec": "table", "bits": 16, "p": 2, "table": "float32"}
+    weight = packed(np.random.default_rng(0), entry((2, 8), term))
+    with pytest.raises(UnsupportedError, match=r"cuts at multiples of 2, found 1\.\.3"):
+        weight.slice(1, 1, 3)
+    assert np.array_equal(weight.slice(1, 2, 4).decode(), weight.decode()[:, 2:4])

@@ -74,6 +74,11 @@ def matrices() -> Iterator[Case]:
     for form in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e3m2", "e2m3", "e2m2", "e2m1"):
         yield {"codec": "float", "format": form, "block": [2, 7], "scales": "float8_e8m0fnu"}, (5, 45)
     yield {"codec": "float", "format": "e2m3"}, (17, 130)
+    for bits in (1, 2):
+        yield {"codec": "e8p", "bits": bits}, (17, 136)
+        yield {"codec": "e8p", "bits": bits, "block": [2, 5], "scales": "bfloat16"}, (5, 40)
+        once = {"scales": "float32", "rounding": "once", "round_dtype": "float16"}
+        yield {"codec": "e8p", "bits": bits, **once}, (3, 24)
     for bits in (2, 3, 4):
         yield {"codec": "trellis", **trellis_codec.preset(bits, False, {})}, (16, 48)
     base = {"codec": "trellis", "order": EXL3, "reversed": True}
@@ -130,7 +135,8 @@ def test_decodes_any_params(kind: str, data: st.DataObject, rng: np.random.Gener
         term = data.draw(making.trellis_terms())
         shape = term["tile"][0] * data.draw(st.integers(1, 3)), term["tile"][1] * data.draw(st.integers(1, 3))
     else:
-        shape = data.draw(st.tuples(st.integers(1, 20), st.sampled_from([1, 2, 8, 20, 80])))
+        widths = [8, 80] if kind == "e8p" else [1, 2, 8, 20, 80]
+        shape = data.draw(st.tuples(st.integers(1, 20), st.sampled_from(widths)))
         term = data.draw(getattr(making, f"{kind}_terms")(shape))
     weight = making.packed(rng, making.entry(shape, term))
     assert bits(weight.decode(decoder=decoder)) == bits(weight.decode())

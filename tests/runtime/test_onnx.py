@@ -128,6 +128,12 @@ def test_additive_decodes_bit_for_bit(data: st.DataObject, rows: int, cols: int,
 
 
 @some
+@given(st.data(), st.integers(1, 12), st.sampled_from([8, 24, 40]), making.seeds)
+def test_e8p_decodes_bit_for_bit(data: st.DataObject, rows: int, cols: int, rng: np.random.Generator) -> None:
+    check_decoding(data.draw(making.e8p_terms((rows, cols))), (rows, cols), rng)
+
+
+@some
 @given(making.trellis_terms(), making.seeds)
 def test_trellis_decodes_bit_for_bit(term: dict[str, Any], rng: np.random.Generator) -> None:
     check_decoding(term, (32, 48), rng)
