@@ -387,7 +387,7 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["quantize", "{dense}", "{new}", "--codec", "int", "--set", "colour=red"], 3, "known keys, found `colour`"),
     (["quantize", "{dense}", "{new}", "--codec", "int", "--set", "zero=NaN"], 3, "`float` .* at `\\$.zero`, found nan"),
     (["quantize", "{dense}", "{new}", "--codec", "int", "--set", "zero=-3"], 4, "a zero from 0 to 15"),
-    (["quantize", "{dense}", "{new}", "--rotate", "left"], 2, "--rotate hadamard or none, found left"),
+    (["quantize", "{dense}", "{new}", "--rotate", "left"], 2, "--rotate hadamard, none or a size, found left"),
     (
         ["quantize", "{dense}", "{new}", "--include", "nothing*"],
         2,

@@ -12,7 +12,7 @@ from qformat.errors import UsageError
 
 from ..plan import Plan
 
-NAMES = ("qformat", "dense", "gptq", "awq", "fp8", "mxfp4")
+NAMES = ("qformat", "dense", "gptq", "awq", "exl3", "fp8", "mxfp4")
 
 
 class Exporter(Protocol):

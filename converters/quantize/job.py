@@ -31,13 +31,14 @@ def quantize(
     codec: str,
     bits: float,
     settings: Mapping[str, Any] | None = None,
-    rotate: Rotate | None = None,
+    rotate: str | int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Pack the linear and expert matrices of a dense model with one codec. ``settings`` override the preset's params.
+    """Pack the linear and expert matrices of a dense model with one codec. ``settings`` override the preset's params;
+    ``rotate``: hadamard, none, or the size of Hadamard blocks on both sides, which weights are padded to.
 
     Returns the report that ``qformat quantize --json`` prints.
     """
@@ -48,13 +49,13 @@ def quantize(
         raise UsageError(
             "a dense model", found, file=opened.path, hint="`qformat convert SRC DST --to dense` makes one"
         )
-    rotate = rotate or ("hadamard" if codec in ROTATED else "none")
-    term = {"codec": codec, **codecs.get(codec).preset(bits, rotate == "hadamard", settings or {})}
+    turn = _rotate(rotate, codec)
+    term = {"codec": codec, **codecs.get(codec).preset(bits, turn != "none", settings or {})}
     read_term(term)
     chosen = select(opened, include, exclude)
     if not chosen:
         raise UsageError("weights to pack", "none", file=opened.path, hint="--include takes globs of tensor names")
-    plan = _plan(opened, dense, set(chosen), term, rotate)
+    plan = _plan(opened, dense, set(chosen), term, turn)
     started = time.perf_counter()
     coverage = account(opened, plan)
     write(opened, plan, Path(target), coverage, packed=True, overwrite=overwrite, progress=progress)
@@ -62,11 +63,21 @@ def quantize(
     return {
         **report.summary(checkpoint.open(target), coverage),
         "term": term,
-        "rotate": rotate,
+        "rotate": turn,
         "notes": list(dense.notes),
         "files": files,
         "seconds": seconds,
     }
+
+
+def _rotate(asked: str | int | None, codec: str) -> Rotate:
+    if asked is None:
+        return "hadamard" if codec in ROTATED else "none"
+    if asked == "hadamard" or asked == "none":
+        return asked  # type: ignore[return-value]
+    if not str(asked).isdecimal() or not 0 < int(asked) <= 1 << 16:
+        raise UsageError("--rotate hadamard, none or a size", str(asked))
+    return int(asked)
 
 
 def _plan(source: Checkpoint, dense: Plan, chosen: set[str], term: Mapping[str, Any], rotate: Rotate) -> Plan:

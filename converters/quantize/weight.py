@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from qformat.records import read_record
 from qformat.rotation import Rotation, Side
 from qformat.weight import PackedWeight, matrix_shape
 
-Rotate = Literal["hadamard", "none"]
+Rotate = Literal["hadamard", "none"] | int  # the size of the blocks of both sides
 Encode = Callable[[Any, Array], dict[str, Array]]
 
 
@@ -33,9 +34,13 @@ def entry_of(
     stack: int = 0,
     transposed: bool = False,
 ) -> Entry:
-    """The entry of a weight that is to be packed by ``term``: padded to the codec's units, rotated if asked for."""
+    """The entry of a weight that is to be packed by ``term``: padded to the codec's units and to whole blocks of a
+    ``rotate`` of a size, rotated if asked for.
+    """
     codec, params, _ = manifest.read_term(dict(term))
     units = codec.units(params)
+    if isinstance(rotate, int):
+        units = math.lcm(units[0], rotate), math.lcm(units[1], rotate)
     axes = (units[1], units[0]) if transposed else units
     flat = shape[stack:] if len(shape) == stack + 2 else ()
     stored = (*shape[:stack], *(-(-n // unit) * unit for n, unit in zip(flat, axes, strict=True))) if flat else shape
@@ -51,12 +56,10 @@ def entry_of(
     if stored != shape:
         fields["stored_shape"] = stored
     entry = read_record(Entry, fields)
-    if rotate == "hadamard":
+    if rotate != "none":
         rows, cols = matrix_shape(entry)
-        sides = {
-            "in": Side(size=in_size(cols), scale="int8"),
-            "out": Side(size=min(128, rows & -rows), scale="float16"),
-        }
+        into, out = (rotate, rotate) if isinstance(rotate, int) else (in_size(cols), min(128, rows & -rows))
+        sides = {"in": Side(size=into, scale="int8"), "out": Side(size=out, scale="float16")}
         fields["rotation"] = {name: manifest.write_record(side) for name, side in sides.items()}
         entry = read_record(Entry, fields)
     return entry

@@ -58,7 +58,9 @@ def quantize(
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any of the codec's params")
     ] = None,
-    rotate: Annotated[str | None, typer.Option(metavar="hadamard|none", help="default: hadamard for trellis")] = None,
+    rotate: Annotated[
+        str | None, typer.Option(metavar="hadamard|none|SIZE", help="SIZE: of blocks; default: hadamard for trellis")
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="weights to pack besides linear layers")
     ] = None,
@@ -72,10 +74,7 @@ def quantize(
 
     def work() -> dict[str, Any]:
         from qformat.converters.quantize.job import quantize as job
-        from qformat.errors import UsageError
 
-        if rotate not in (None, "hadamard", "none"):
-            raise UsageError("--rotate hadamard or none", rotate)
         with run.progress("quantize", quiet) as progress:
             return job(
                 source,
