@@ -52,6 +52,7 @@ class Case(NamedTuple):
 INT = {"codec": "int", "bits": 4, "block": [1, 128], "zeros": "uint8"}
 TABLE = {"codec": "table", "bits": 4, "table": "nf4", "block": [1, 64], "scales": "float32"}
 ADDITIVE = {"codec": "additive", "scales": "float16"}
+FLOAT = {"codec": "float", "format": "e2m1", "block": [1, 16], "scales": "float8_e4m3fn"}
 TRELLIS = {"codec": "trellis", "scales": "float16", "order": "c0 c3 r3 c1 c2 r0 r1 r2", "reversed": True, "L": 16}
 CASES = {
     "int-4": Case(INT),
@@ -71,6 +72,11 @@ CASES = {
     "additive-2x8": Case({**ADDITIVE, "bits": 8, "books": 2}),
     "additive-1x16": Case({**ADDITIVE, "bits": 16}),
     "additive-tiles": Case({**ADDITIVE, "bits": 5, "books": 3, "group": [4, 6], "block": [3, 7]}, (1000, 1200)),
+    "float-fp8": Case({**FLOAT, "format": "e4m3fn", "block": [128, 128], "scales": "float32"}),
+    "float-mxfp4": Case({**FLOAT, "block": [1, 32], "scales": "float8_e8m0fnu"}),
+    "float-nvfp4": Case({**FLOAT, "global_scale": "float32"}),
+    "float-nvfp4-last": Case({**FLOAT, "global_scale": "float32", "global_form": "last"}),
+    "float-6": Case({**FLOAT, "format": "e2m3", "block": [3, 5]}, (1000, 1001)),
     **{f"trellis-hash-{bits}": Case({"codec": "trellis", **trellis.preset(bits, True, {})}) for bits in (2, 3, 4)},
     **{f"trellis-{code}": Case({**TRELLIS, "bits": [2], "code": code}) for code in ("1mad", "3inst", "mcg", "mul1")},
     "trellis-hyb": Case({**TRELLIS, "bits": [2], "V": 2, "code": "hyb", "index": [9], "table": "hyb-q9"}),
