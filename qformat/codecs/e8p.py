@@ -101,7 +101,8 @@ def nearest(vectors: Array, bits: int) -> Array:
     if bits == 1:
         table = tables.named("e81b").astype(np.float32)
         likeness = sum(vectors[:, k, None] * table[:, k] for k in range(WIDTH)) - (table**2).sum(axis=1) / 2
-        return np.asarray(likeness).argmax(axis=1).astype(np.uint8)[:, None]
+        found: Array = np.asarray(likeness).argmax(axis=1).astype(np.uint8)[:, None]
+        return found
     above, below = _with_even_signs(vectors - np.float32(0.25)), _with_even_signs(vectors + np.float32(0.25))
     below[:, 0] ^= 1  # an odd number of ones stands for the other shift
     errors = [((vectors - points(codes)) ** 2).sum(axis=1) for codes in (above, below)]
