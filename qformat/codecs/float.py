@@ -230,7 +230,12 @@ def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) ->
 
 def special(name: str, codes: Array) -> int:
     """How many codes, uint8, stand for no finite number; only formats of 8 bits have such."""
-    return sum(int(np.count_nonzero(codes == code)) for code in np.flatnonzero(~np.isfinite(elements(name))))
+    bad = np.flatnonzero(~np.isfinite(elements(name))).astype(np.uint8)
+    if not bad.size:
+        return 0
+    if FORMATS[name].special == "fnuz":
+        return int(np.count_nonzero(codes == bad[0]))
+    return int(np.count_nonzero(codes & np.uint8(0x7F) >= bad[0]))  # the largest magnitudes of either sign
 
 
 def units(params: Params) -> tuple[int, int]:
