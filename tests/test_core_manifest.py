@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import e8p_terms, entry, int_terms, table_terms, trellis_terms
+from making import e8p_terms, entry, float_terms, int_terms, table_terms, trellis_terms
 
 from qformat import manifest, weight
 from qformat.errors import DamagedError, QformatError, UnsupportedError
@@ -26,7 +26,7 @@ def whole(*entries: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"quant_method": "qformat", "version": manifest.VERSION, "entries": list(entries), **fields}
 
 
-terms = st.one_of(e8p_terms((8, 8)), int_terms((8, 8)), table_terms((8, 8)), trellis_terms())
+terms = st.one_of(e8p_terms((8, 8)), float_terms((8, 8)), int_terms((8, 8)), table_terms((8, 8)), trellis_terms())
 SCHEMA = jsonschema.Draft202012Validator(manifest.schema())
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from making import additive_terms, e8p_terms, int_terms, random_parts, table_terms, trellis_terms
+from making import additive_terms, e8p_terms, float_terms, int_terms, random_parts, table_terms, trellis_terms
 
 from qformat import checkpoint, codecs, files, manifest
 from qformat.dtypes import Array
@@ -253,7 +253,14 @@ def test_any_text_is_json_or_refused(text: str | bytes) -> None:
 
 
 SHAPE = 16, 32
-terms = st.one_of(additive_terms(SHAPE), e8p_terms(SHAPE), int_terms(SHAPE), table_terms(SHAPE), trellis_terms())
+terms = st.one_of(
+    additive_terms(SHAPE),
+    e8p_terms(SHAPE),
+    float_terms(SHAPE),
+    int_terms(SHAPE),
+    table_terms(SHAPE),
+    trellis_terms(),
+)
 
 
 @settings(max_examples=200)

@@ -46,7 +46,9 @@ def plan(plan: Plan, dtype: str | None) -> Plan:
         raise UsageError("--dtype only with --to dense")
     kept = plan.activations if isinstance(plan.activations, Mapping) else {}
     fixed = kept.get(ACTIVATION) if kept.get("scheme") == "static" else None
-    layers = [_layer(item, fixed or {}) for item in plan.items if item.entry is not None]
+    layers = [
+        _layer(item, fixed if isinstance(fixed, Mapping) else {}) for item in plan.items if item.entry is not None
+    ]
     if not layers:
         raise UsageError("packed weights", "none", hint="`qformat quantize --codec float` packs a dense model")
     block = layers[0].params.block

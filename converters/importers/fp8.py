@@ -298,7 +298,8 @@ def _numbers(source: Checkpoint, named: Mapping[str, str]) -> dict[str, Any]:
 def _notes(found: list[common.Settings], layers: list[Layer]) -> list[str]:
     notes = [f"{number} x {form}" for form, number in Counter(map(str, layers)).items()]
     keys = ("modules_to_not_convert", "ignored_layers", "ignore")
-    listed = {name for one in found for key in keys for name in (one.values.get(key) or ()) if isinstance(name, str)}
+    lists = [value for one in found for key in keys if isinstance(value := one.values.get(key), list)]
+    listed = {name for names in lists for name in names if isinstance(name, str)}
     if both := [layer.name for layer in layers if layer.name.removesuffix(".weight") in listed]:
         notes.append(f"packed although the settings exclude them: {common.count(both, 'weight')}")
     return notes

@@ -183,6 +183,14 @@ def test_a_tile_larger_than_the_matrix(tmp_path: Path) -> None:
     assert np.array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("listed", [[MODULE, 3], MODULE, 5, {"a": 1}])
+def test_modules_that_the_settings_exclude_are_told(tmp_path: Path, listed: Any) -> None:
+    """Tensors decide; settings of any kind are borne."""
+    tensors = {f"{MODULE}.weight": codes((4, 8)), f"{MODULE}.weight_scale": scales(())}
+    plan = foreign.plan_of(write(tmp_path, tensors, {"modules_to_not_convert": listed}))
+    assert any("although the settings exclude" in note for note in plan.notes) == isinstance(listed, list)
+
+
 def test_no_activations_where_the_source_has_none(tmp_path: Path) -> None:
     tensors = {f"{MODULE}.weight": codes((4, 8)), f"{MODULE}.weight_scale": scales(())}
     folder = foreign.write(tmp_path, tensors, {"quantization_config": {"quant_method": "fbgemm_fp8"}})
