@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qformat import bits as fields
 from qformat.checkpoint import Checkpoint
 from qformat.codecs import e8p
 from qformat.dtypes import Array
@@ -33,6 +32,7 @@ SETTINGS = "quip_params"  # of config.json
 PARTS = ("Qidxs", "codebook_id", "SU", "SV", "Wscale", "fuse_scales", "scaleWH", "bias")
 REFUSED = ("A", "B", "ocs_dupe_inds")  # low-rank corrections and split outliers of versions that never agreed on them
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
+CHUNK = 1 << 15  # words laid out anew at a time: stays in the cache
 TILE = (16, 64)  # rows and columns that 32 words of E8P codes hold
 NIBBLES = (28, 12, 24, 8, 20, 4, 16, 0)  # where the columns of eight lie in a word of hi4b1c
 
@@ -311,17 +311,19 @@ def _tiled(words: Array, shape: tuple[int, int]) -> Array:
     rows run faster than the columns.
     """
     down, across = shape[0] // TILE[0], shape[1] // TILE[1]
-    bytes_ = np.ascontiguousarray(words).view(np.uint8).reshape(down, across, 8, 4, 8)
-    planes = np.ascontiguousarray(bytes_[..., 4:]).view(np.uint32)
-    codes = np.empty((down, 8, 2, across, 4, 2, 2), np.uint8)  # tile, patch, row; tile, patch, column; byte
-    for slot in range(4):
-        row, column = slot % 2, slot // 2
-        bits = planes[..., 0] >> np.uint32(slot) & np.uint32(0x11111111)
-        for step, ones in ((3, 0x03030303), (6, 0x000F000F), (12, 0x000000FF)):
-            bits = (bits | bits >> np.uint32(step)) & np.uint32(ones)
-        codes[:, :, row, :, :, column, 0] = bits.transpose(0, 2, 1, 3)
-        codes[:, :, row, :, :, column, 1] = bytes_[..., slot].transpose(0, 2, 1, 3)
-    return codes.reshape(shape[0], shape[1] // e8p.WIDTH, 2)
+    halves = np.ascontiguousarray(words).view(np.uint32).reshape(down, across, 8, 4, 2)
+    codes = np.empty((down, 8, 2, across, 4, 2), np.uint16)  # tile, patch, row; tile, patch, column
+    step = max(1, CHUNK // (32 * across))
+    for top in range(0, down, step):
+        here = slice(top, top + step)
+        patterns, planes = (np.ascontiguousarray(halves[here, ..., k].transpose(0, 2, 1, 3)) for k in range(2))
+        for slot in range(4):
+            bits = planes >> np.uint32(slot) & np.uint32(0x11111111)
+            for shift, ones in ((3, 0x03030303), (6, 0x000F000F), (12, 0x000000FF)):
+                bits = (bits | bits >> np.uint32(shift)) & np.uint32(ones)
+            bits |= (patterns >> np.uint32(8 * slot) & np.uint32(0xFF)) << np.uint32(8)
+            codes[here, :, slot % 2, :, :, slot // 2] = bits
+    return codes.view(np.uint8).reshape(shape[0], shape[1] // e8p.WIDTH, 2)
 
 
 def _d4(codes: Array, shape: tuple[int, int]) -> tuple[Array, ...]:
@@ -332,8 +334,11 @@ def _d4(codes: Array, shape: tuple[int, int]) -> tuple[Array, ...]:
 
 def _hi4b1c(words: Array, shape: tuple[int, int]) -> tuple[Array, ...]:
     """int32 words of eight codes of four bits -> uint8 [rows, cols / 2]."""
-    codes = words.view(np.uint32)[..., None] >> np.array(NIBBLES, np.uint32) & np.uint32(15)
-    return (fields.pack(codes.reshape(shape), 4),)
+    found = words.view(np.uint32)
+    codes = np.zeros_like(found)
+    for column, place in enumerate(NIBBLES):
+        codes |= (found >> np.uint32(place) & np.uint32(15)) << np.uint32(4 * column)
+    return (codes.view(np.uint8),)
 
 
 _BASE: dict[str, Any] = {"codec": "e8p"}
