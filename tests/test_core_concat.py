@@ -105,3 +105,9 @@ def test_transformers_refuses_them(joined: Path) -> None:
     described = checkpoint.open(joined).manifest
     with pytest.raises(UnsupportedError, match="l.0.qkv.weight: expected weights stored one by one"):
         huggingface._checked(described, [str(joined / "model.safetensors")])
+
+
+def test_onnx_refuses_them(joined: Path, tmp_path: Path) -> None:
+    export = pytest.importorskip("qformat.runtime.ort.export")
+    with pytest.raises(UnsupportedError, match="l.0.qkv.weight: expected weights stored one by one, for ONNX"):
+        export.export(joined, tmp_path / "onnx")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import entry, float_terms, int_terms, packed, seeds, table_terms, trellis_terms
+from making import e8p_terms, entry, float_terms, int_terms, packed, seeds, table_terms, trellis_terms
 
 from qformat import codecs, rotation, weight
 from qformat.dtypes import Array, rounded
@@ -29,9 +29,11 @@ def decode_term(term: dict[str, Any], shape: tuple[int, int], parts: dict[str, A
 @st.composite
 def entries(draw: st.DrawFn) -> Entry:
     """Weights of every kind that a manifest can describe: stacked, padded, transposed, rotated, several terms."""
-    kind = draw(st.sampled_from(["float", "int", "table", "trellis"]))
-    shape = (16, 32) if kind == "trellis" else (draw(st.integers(1, 33)), draw(st.integers(1, 33)))
+    kind = draw(st.sampled_from(["e8p", "float", "int", "table", "trellis"]))
+    cols = 8 * draw(st.integers(1, 4)) if kind == "e8p" else draw(st.integers(1, 33))
+    shape = (16, 32) if kind == "trellis" else (draw(st.integers(1, 33)), cols)
     make = {
+        "e8p": e8p_terms(shape),
         "float": float_terms(shape),
         "int": int_terms(shape),
         "table": table_terms(shape),

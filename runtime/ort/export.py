@@ -57,6 +57,12 @@ def export(
         raise UsageError("a qformat model", "another", file=opened.path, hint=hint)
     if not (opened.path / files.CONFIG).is_file():
         raise UsageError("a model folder with config.json", file=opened.path)
+    if opened.members:
+        where = {"file": opened.path, "weight": next(iter(opened.members.values())).weight}
+        hint = "`qformat convert SRC DST --to dense` makes a model that can be exported"
+        raise UnsupportedError(
+            "weights stored one by one, for ONNX", "several of the model's weights in one", hint=hint, **where
+        )
     with staged(target, overwrite) as folder:
         try:
             proto = graph(opened, dtype)
