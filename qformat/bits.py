@@ -23,8 +23,13 @@ def pack(codes: Array, bits: int) -> Array:
     """Unsigned integer codes [..., n] below 2**bits (1 to 16 bits) -> uint8 [..., ceil(n * bits / 8)]."""
     *lead, n = codes.shape
     groups = -(-n // GROUP)
-    padded = np.zeros((*lead, groups * GROUP), np.uint32)
+    padded = np.zeros((*lead, groups * GROUP), np.uint8 if 8 % bits == 0 else np.uint16 if bits < 8 else np.uint32)
     padded[..., :n] = codes
+    if 8 % bits == 0:  # whole codes to a byte
+        whole = padded[..., :: 8 // bits].copy()
+        for j in range(1, 8 // bits):
+            whole |= padded[..., j :: 8 // bits] << (j * bits)
+        return whole[..., : row_bytes(n, bits)]
     padded = padded.reshape(*lead, groups, GROUP)
     out = np.zeros((*lead, groups, bits), np.uint8)
     for j, first, shift in _places(bits):

@@ -199,11 +199,9 @@ def _parts(layer: Layer) -> dict[str, Array]:
         raise module.error("weight", "codes that differ", "0 throughout", hint=common.PARTIAL)
     pairs = unpacked(words.view(np.uint32), bits, layer.tile)
     table = _table(layer)
-    if layer.rules.p == 2:
-        codes = fields.pack(pairs, 2 * bits)
-    else:
-        each = np.stack([pairs >> bits, pairs & (2**bits - 1)], axis=-1)
-        codes = fields.pack(each.reshape(layer.rows, layer.padded), bits)
+    if layer.rules.p == 1:  # two codes, of which the even input's comes first
+        pairs = pairs >> bits | (pairs & (2**bits - 1)) << bits
+    codes = fields.pack(pairs, 2 * bits)
     return {"codes": codes, "scales": common.check_finite(module, "scales"), "table": table[None, None]}
 
 
@@ -211,16 +209,20 @@ def unpacked(words: Array, bits: int, tile: int) -> Array:
     """uint32 [out · bits / 16, in / 2] -> the codes of each pair of inputs, the even one's above: uint8
     [out, in / 2].
     """
-    mask, width = np.uint32(4**bits - 1), words.shape[1]
+    mask, width = 4**bits - 1, words.shape[1]
+    count = 16 if bits == 3 else 16 // bits
+    out = np.empty((len(words) * 16 // bits // count // tile, count, tile, width), np.uint8)
     if bits != 3:
-        stacked = words.reshape(-1, tile, width)
-        taken = [(stacked >> np.uint32(shift) & mask).astype(np.uint8) for shift in range(0, 32, 2 * bits)]
-        return np.stack(taken, axis=1).reshape(-1, width)
+        each, per = words.view(np.uint8).reshape(-1, tile, width, 4), 4 // bits
+        for j in range(count):
+            out[:, j] = each[..., j // per] >> (2 * bits * (j % per)) & mask
+        return out.reshape(-1, width)
     first, others = np.split(words, [len(words) // 3])
-    three = [first.reshape(-1, 32, width), *others.reshape(-1, 2, 32, width).swapaxes(0, 1)]
-    taken = [(three[j % 3] >> np.uint32(6 * (j // 3)) & mask).astype(np.uint8) for j in range(15)]
-    taken.append(sum((word >> np.uint32(30)).astype(np.uint8) << (2 * i) for i, word in enumerate(three)))  # type: ignore[arg-type]
-    return np.stack(taken, axis=1).reshape(-1, width)
+    three = [first.reshape(-1, tile, width), *others.reshape(-1, 2, tile, width).swapaxes(0, 1)]
+    for j in range(15):
+        out[:, j] = (three[j % 3] >> np.uint32(6 * (j // 3))).astype(np.uint8) & mask
+    out[:, 15] = sum((word >> np.uint32(30)).astype(np.uint8) << (2 * i) for i, word in enumerate(three))
+    return out.reshape(-1, width)
 
 
 def _table(layer: Layer) -> Array:

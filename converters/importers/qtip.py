@@ -253,8 +253,9 @@ def kernel_strings(trellis: Array, rows: int, cols: int) -> Array:
     """The same for codes in the order of the CUDA kernels: bytes [row of 2 x 2 tiles, column of them, lane, column
     tile, row tile, byte], of which the lanes run backwards.
     """
-    lanes = trellis.view(np.uint8).reshape(rows // 32, cols // 32, LANES, 2, 2, -1)[:, :, ::-1]
-    return np.ascontiguousarray(lanes.transpose(0, 4, 1, 3, 2, 5)).reshape(rows * cols // 256, -1)
+    bits = 8 * trellis.nbytes // (rows * cols)
+    lanes = trellis.reshape(-1).view(f"V{bits}").reshape(rows // 32, cols // 32, LANES, 2, 2)[:, :, ::-1]
+    return np.ascontiguousarray(lanes.transpose(0, 4, 1, 3, 2)).view(np.uint8).reshape(rows * cols // 256, -1)
 
 
 def turned(strings: Array, bits: int) -> Array:
