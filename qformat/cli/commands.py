@@ -112,7 +112,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 def convert(
     source: Source,
     target: Target,
-    to: Annotated[str, typer.Option(help="qformat or dense")] = "qformat",
+    to: Annotated[str, typer.Option(help="qformat, dense, gptq, awq, exl3, fp8 or mxfp4")] = "qformat",
     dtype: Annotated[str | None, typer.Option(help="with --to dense: float32, float16, bfloat16")] = None,
     scheme: Annotated[
         str | None, typer.Option("--from", metavar="SCHEME", help="what SRC is, if it is not recognised")
