@@ -72,6 +72,11 @@ CASES = {
     "additive-2x8": Case({**ADDITIVE, "bits": 8, "books": 2}),
     "additive-1x16": Case({**ADDITIVE, "bits": 16}),
     "additive-tiles": Case({**ADDITIVE, "bits": 5, "books": 3, "group": [4, 6], "block": [3, 7]}, (1000, 1200)),
+    "e8p-2": Case({"codec": "e8p", "scales": "float16"}),
+    "e8p-1-rounded": Case(
+        {"codec": "e8p", "bits": 1, "scales": "float32", "rounding": "once", "round_dtype": "float16"}
+    ),
+    "e8p-blocks": Case({"codec": "e8p", "block": [3, 5], "scales": "bfloat16"}, (1000, 1000)),
     "float-fp8": Case({**FLOAT, "format": "e4m3fn", "block": [128, 128], "scales": "float32"}),
     "float-mxfp4": Case({**FLOAT, "block": [1, 32], "scales": "float8_e8m0fnu"}),
     "float-nvfp4": Case({**FLOAT, "global_scale": "float32"}),
