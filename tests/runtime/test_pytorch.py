@@ -31,6 +31,9 @@ HASH |= {"table": "hash-16", "order": "c2 c3 c0 c1 r0 r1 r2 r3", "scales": "floa
 MUL1 = {"codec": "trellis", "L": 16, "bits": [3], "code": "mul1", "order": "c0 c1 r0 r1 r2 r3 c2 c3"}
 NESTED = {**NF4, "scales": {"codec": "int", "bits": 8, "block": [4, 1], "scales": "float32", "zero": 128}}
 TURN = {"in": {"size": 32, "scale": "int8"}, "out": {"size": 16, "scale": "float16"}}
+QTIP = {"codec": "trellis", "L": 16, "V": 2, "bits": [3], "code": "hyb", "index": [9], "table": "float16"}
+QTIP |= {"order": "c0 r3 c3 c1 c2 r0 r1 r2", "reversed": True}
+WHOLE = {"in": {"size": 160, "scale": "float16"}, "out": {"size": 96, "scale": "float32"}}
 FULL = {
     "in": {"size": 4, "matrix": "float32", "perm": "int32"},
     "out": {"size": 2, "perm": "int32", "scale": "bfloat16"},
@@ -52,6 +55,7 @@ CASES = {
     "table-turned": making.entry((48, 96), GRID, rotation={"in": {"size": 8}}),
     "trellis-turned": making.entry((37, 90), HASH, stored_shape=[48, 96], rotation=TURN),
     "int-turned-24-20": making.entry((40, 96), INT, rotation={"in": {"size": 24}, "out": {"size": 20}}),
+    "trellis-as-qtip": making.entry((96, 160), QTIP, rotation=WHOLE),
     "int-fully-turned": making.entry((12, 40), INT, rotation=FULL),
     "int-scaled": making.entry((12, 40), INT, rotation={"in": {"scale": "float32"}}),
     "sum": making.entry((32, 64), HASH, INT),
