@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
+from qformat import sources
 from qformat.checkpoint import Checkpoint
-from qformat.errors import QformatError
+from qformat.errors import DamagedError, QformatError
 
 from .report import summary
 
@@ -18,8 +19,8 @@ KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  
 BODY = """
 # {title}
 
-{base}Packed with qformat: {bits:.3f} stored bits a packed weight (codes,
-scales, tables and padding together), {size:.1f} MB of weights in all.
+{base} with qformat: {bits:.3f} stored bits a packed weight (codes, scales, tables and padding together),
+{size:.1f} MB of weights in all.
 
 | packed as | weights | shape | stored bits | label |
 | --- | --- | --- | --- | --- |
@@ -67,7 +68,8 @@ values = checkpoint[next(iter(checkpoint))].decode()
 
 def card(opened: Checkpoint, repo: str, base_model: str | None = None) -> tuple[str, list[str]]:
     """The text of the card, and notes on what it lacks. A README.md in the folder stays as it is but for the metadata
-    that it lacks. ``base_model``: by default where the model was converted from.
+    that it lacks; :class:`DamagedError` where that cannot be read. ``base_model``: by default where the model was
+    converted from.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -81,7 +83,10 @@ def card(opened: Checkpoint, repo: str, base_model: str | None = None) -> tuple[
     else:
         notes.append("the card names no base model: --base-model does")
     if (opened.path / CARD).is_file():
-        own = ModelCard.load(opened.path / CARD, ignore_metadata_errors=True)
+        try:
+            own = ModelCard.load(opened.path / CARD)
+        except Exception as error:  # of the YAML parser, or of whatever meets what it made
+            raise DamagedError("a card with metadata in YAML", str(error), file=opened.path / CARD) from None
         lacking = {key: value for key, value in metadata.items() if getattr(own.data, key, None) in (None, [])}
         if not lacking:
             return own.content, notes
@@ -100,8 +105,6 @@ def _of_base(base: str, told: bool, notes: list[str]) -> tuple[dict[str, Any], s
     of another, that one's.
     """
     from huggingface_hub import HfApi
-
-    from qformat import sources
 
     try:
         with sources.asking(sources.parse(base)):
@@ -132,7 +135,7 @@ def _body(opened: Checkpoint, repo: str, base: str) -> str:
     distinct = {json.dumps(one, sort_keys=True): None for one in recipe}
     return BODY.format(
         title=repo.partition("/")[2],
-        base=f"[{base}](https://huggingface.co/{base}). " if base else "",
+        base=f"`{base}`, packed" if base else "Packed",
         bits=report["stored_bits"] or 0.0,
         size=report["bytes"] / 1e6,
         rows="\n".join(

@@ -81,16 +81,20 @@ def _commit(name: HubName, contents: Mapping[str, Path | bytes], private: bool, 
     there = [one.rfilename for one in before.siblings or ()]
     old = [file for file in there if file == files.INDEX or fnmatch(file, "model*.safetensors")]
     stale = [file for file in old if file not in contents]
-    commit = api.create_commit(
-        name.repo,
-        [
-            *(CommitOperationAdd(file, one) for file, one in contents.items()),
-            *(CommitOperationDelete(file) for file in stale),
-        ],
-        commit_message=f"qformat {qformat.__version__}",
-        revision=name.revision,
-        create_pr=pr,
-    )
+    changes = [CommitOperationAdd(file, one) for file, one in contents.items()]
+    message = f"qformat {qformat.__version__}"
+    try:
+        commit = api.create_commit(
+            name.repo,
+            [*changes, *map(CommitOperationDelete, stale)],
+            commit_message=message,
+            revision=name.revision,
+            create_pr=pr,
+        )
+    except OSError:  # of the network, some of them ValueErrors, too
+        raise
+    except ValueError as error:  # the Hub looks at the card first
+        raise UsageError("a card that the Hub takes", str(error), file=CARD) from None
     return {
         "url": commit.pr_url or commit.commit_url,
         "commit": commit.oid,

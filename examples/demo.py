@@ -1,6 +1,6 @@
 """Pack a model at 4 and at 2 bits with each codec, measure it against the dense one, run it three ways.
 
-    scripts/demo [--model PATH] [--tokens 20480] [--out build/demo]
+    scripts/demo [--model PATH_OR_NAME] [--tokens 20480] [--out build/demo]
 
 Leaves in the folder: the packed models, ``demo.json`` (the table's rows), ``kl.png``, and the 2-bit trellis model
 exported to ``onnx/``.
@@ -41,7 +41,7 @@ RUN = "trellis-2"  # the model that is run, exported and quoted
 console = Console(highlight=False)
 
 
-def pack(model: Path, out: Path, tokens: int) -> list[dict[str, Any]]:
+def pack(model: str, out: Path, tokens: int) -> list[dict[str, Any]]:
     """One row for each packing: size, speed, and distance from the dense model."""
     rows = []
     for name, how in PACKINGS:
@@ -59,18 +59,24 @@ def pack(model: Path, out: Path, tokens: int) -> list[dict[str, Any]]:
                 "seconds": packed["seconds"],
                 **{
                     key: measured[key]
-                    for key in ("kl", "kl_ci95", "perplexity", "reference_perplexity", "top1", "tokens")
+                    for key in (
+                        "kl",
+                        "kl_ci95",
+                        "perplexity",
+                        "reference_perplexity",
+                        "reference_bytes",
+                        "top1",
+                        "tokens",
+                    )
                 },
             }
         )
     return rows
 
 
-def show(rows: list[dict[str, Any]], model: Path) -> None:
-    dense = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    table = Table(
-        box=None, title=f"{model.name}, dense {dense / 1e6:.2f} MB, perplexity {rows[0]['reference_perplexity']:.3f}"
-    )
+def show(rows: list[dict[str, Any]], model: str) -> None:
+    dense, perplexity = rows[0]["reference_bytes"] / 1e6, rows[0]["reference_perplexity"]
+    table = Table(box=None, title=f"{Path(model).name}, dense {dense:.2f} MB, perplexity {perplexity:.3f}")
     table.add_column("packing")
     for header in ("stored bits", "KL, nats", "perplexity", "top-1", "size, MB", "seconds"):
         table.add_column(header, justify="right")
@@ -144,7 +150,9 @@ def _cache(config: Any) -> tuple[int, int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=HERE / "tiny-llama", help="a dense model folder")
+    parser.add_argument(
+        "--model", default=str(HERE / "tiny-llama"), help="a dense model: folder, or org/name on the Hub"
+    )
     parser.add_argument("--tokens", type=int, default=20_480, help="of the held-out text, to measure on")
     parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "demo")
     options = parser.parse_args()

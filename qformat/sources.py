@@ -205,7 +205,7 @@ def asking(name: HubName) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        hint = f"ask for it on the model's page, https://huggingface.co/{name.repo}, and log in with `hf auth login`"
+        hint = "ask for it on the model's page, then log in with `hf auth login`"
         raise SurroundingsError("access to the model", "it is gated", file=name, hint=hint) from None
     except errors.RepositoryNotFoundError:
         hint = "a private model needs `hf auth login`"

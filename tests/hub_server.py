@@ -18,8 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import yaml
-
 Files = dict[str, bytes]
 NOT_FOUND = {"RepoNotFound": 404, "RevisionNotFound": 404, "EntryNotFound": 404, "GatedRepo": 403}
 
@@ -142,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, _: bytes, name: str, revision: str | None) -> None:
         sha, tree = self._tree(name, revision)
         siblings = [{"rfilename": file, "size": len(one)} for file, one in tree.items()]
+        import yaml  # comes with the client
+
         front = tree.get("README.md", b"").split(b"---\n")
         card = yaml.safe_load(front[1]) if len(front) > 2 else None
         private = self._repo(name).private
@@ -167,8 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.sent += len(data) if self.command == "GET" else 0
         self._send(status, data, headers)
 
-    def validate(self, _: bytes) -> None:
-        self._json({"errors": [], "warnings": []})
+    def validate(self, body: bytes) -> None:
+        wrong = b"license: wrong" in body
+        self._json({"errors": [{"message": "no such license"}] * wrong, "warnings": []}, 400 if wrong else 200)
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         _, tree = self._tree(name, revision)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from hub_server import Hub
 from making import dense_folder, entry, folder, packed
 
 from qformat import checkpoint, files, sources
+from qformat.cli import show
 from qformat.converters.report import inspect
 from qformat.shards import Shard, ShardWriter, Spec
 
@@ -128,7 +130,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_push_and_pull(hub: Hub, client: Client, model: Path, tmp_path: Path) -> None:
+def test_push_and_pull(
+    hub: Hub, client: Client, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = client("push", model, "org/packed", "--private").json
     assert first["changed"] and len(hub.uploads) == 3 and hub.repos["org/packed"].private
     there = hub.repos["org/packed"].files()
@@ -144,6 +148,9 @@ def test_push_and_pull(hub: Hub, client: Client, model: Path, tmp_path: Path) ->
     assert contents(tmp_path / "pulled") == there
     assert pulled["checked"] == pulled["shards"] == 3 and pulled["commit"] == first["commit"]
     assert client("push", tmp_path / "pulled", "org/packed").json["changed"] is False
+    show.pushed(first), show.pushed(again), show.pulled(pulled)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "already there" in shown and "checksums of 3 of 3 shards compared" in shown
     assert "--overwrite" in client("pull", "org/packed", tmp_path / "pulled", code=2).err
 
 
@@ -248,6 +255,23 @@ def test_push_to_a_branch_or_as_a_pull_request(hub: Hub, client: Client, model: 
     assert repo.files("refs/pr/1") == repo.files("v2")
     client("push", model, "org/packed", "--private", code=2)
     assert repo.files() == old
+
+
+def test_a_card_of_ones_own(hub: Hub, client: Client, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    card = tmp_path / "model" / "README.md"
+    card.write_text("---\nlicense: mit\ntags:\n- mine\n---\nMy words.\n")
+    done = client("push", tmp_path / "model", "org/packed", "--base-model", "org/none").json
+    there = hub.repos["org/packed"].files()["README.md"].decode()
+    front = there.split("---\n")[1].splitlines()
+    assert there.endswith("---\nMy words.\n") and there == done["card"]
+    assert {"license: mit", "- mine", "library_name: qformat", "base_model: org/none"} <= set(front)
+    assert "org/none was not read" in done["notes"][0]
+    card.write_text("---\nlicense: wrong\n---\n")
+    assert "no such license" in client("push", tmp_path / "model", "org/packed", code=2).err
+    card.write_text("---\nlicense: [mit\n---\n")
+    client("push", tmp_path / "model", "org/packed", code=3)
+    assert hub.repos["org/packed"].files()["README.md"].decode() == there
 
 
 def test_errors(hub: Hub, client: Client, tmp_path: Path) -> None:
