@@ -42,9 +42,9 @@ def load(
 ) -> Any:
     """A transformers model whose weights stay packed, in eval mode.
 
-    ``path`` is a folder or ``org/name[@revision]`` on the Hub; ``dtype`` that of activations and dense weights, by default the config's.
-    Raises :class:`UsageError` where the model is not packed by qformat, :class:`DamagedError` naming the tensor where
-    one is missing, misshapen or unknown to the model.
+    ``path`` is a folder or ``org/name[@revision]`` on the Hub; ``dtype`` that of activations and dense weights, by
+    default the config's. Raises :class:`UsageError` where the model is not packed by qformat, :class:`DamagedError`
+    naming the tensor where one is missing, misshapen or unknown to the model.
     """
     ops.check_activations(activations)
     folder = sources.local(path)

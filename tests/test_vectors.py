@@ -193,4 +193,4 @@ def test_entries_stand_in_the_manifest_as_in_the_case() -> None:
 
 def test_all_vectors_are_small() -> None:
     sizes = [path.stat().st_size for path in (ROOT / "spec" / "vectors").rglob("*") if path.is_file()]
-    assert sum(sizes) < 1_500_000 and max(sizes) < 100_000
+    assert sum(sizes) < 2_000_000 and max(sizes) < 150_000  # 2^16 entries of float16 are 131 kB

@@ -27,10 +27,11 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """The codec's ``decode``, rounded once to ``dtype``: [out, in], or of the given rows, integers [n], alone: [n, in].
+    """The codec's ``decode``, rounded once to ``dtype``: [out, in], or of the given rows, integers [n], alone: [n,
+    in].
 
-    Scales and offsets that are packed by themselves come decoded. A row that is not there gives NaN. Raises :class:`DamagedError`
-    where the parts are not those of the layout.
+    Scales and offsets that are packed by themselves come decoded. A row that is not there gives NaN. Raises
+    :class:`DamagedError` where the parts are not those of the layout.
     """
     params = _tile.plain(params)
     _tile.check(NAME, params, shape, parts)

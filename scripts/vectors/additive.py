@@ -104,12 +104,12 @@ def _numbers() -> Iterator[Draft]:
     order = np.array([2.0**24, 1, -(2.0**24)], np.float32)
     yield packed(
         "additive/order",
-        "the order of the sum shows: (2^24 + 1) - 2^24 is 0 in float32, and (2^24 - 2^24) + 1 would be 1",
+        "the order of the sum shows: in float32 (2^24 + 1) - 2^24 is 0 and (-2^24 + 1) + 2^24 is 1, by turns",
         "additive-2",
         term(1, 3, (1, 1), table="float32"),
         (1, 8),
         parts={
-            "codes": np.zeros((1, 1, 3), np.uint8),
+            "codes": np.array([[[0x38, 0x8E, 0xE3]]], np.uint8),  # of eight tiles, 000 and 111 by turns
             "table": np.stack([order, order[::-1]], axis=1)[:, :, None, None].copy(),
         },
     )
