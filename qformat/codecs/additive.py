@@ -110,7 +110,7 @@ def _tiles(matrix: Array, group: tuple[int, int]) -> Array:
 
 
 def pack(params: Params, shape: tuple[int, int], codes: Array) -> Array:
-    """Codes, integers [..., books] of tiles in row-major order -> the part; each row's last run is filled with zeros."""
+    """Codes, integers [..., books] of tiles in row-major order -> the part; rows end in zeros."""
     part = layout(params, shape)[0]
     rows, runs, size = part.shape
     stream = fields.pack(codes.reshape(rows, -1), params.bits)
