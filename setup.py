@@ -10,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 FOLDERS = ["converters", "runtime", "kernels", "spec", "examples"]
 DATA = {
     "qformat": ["py.typed"],
-    "qformat.spec": ["*.md", "*.json", "codecs/*.md", "tables/*.json", "vectors/**/*"],
+    "qformat.spec": ["*.md", "*.json", "codecs/*.md", "tables/*", "vectors/**/*"],
     "qformat.examples": ["heldout.txt"],
 }
 
