@@ -10,6 +10,7 @@ from typing import Any
 
 def main() -> None:
     """Run the command of ``sys.argv`` and leave with its exit code."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies little here; threads cost a start
     import typer
 
     from qformat.errors import UsageError
