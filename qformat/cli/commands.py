@@ -53,7 +53,7 @@ def main(
 def quantize(
     source: Source,
     target: Target,
-    codec: Annotated[str, typer.Option(help="int, table, trellis; see `qformat codecs`")] = "trellis",
+    codec: Annotated[str, typer.Option(help="one of those that `qformat codecs` lists")] = "trellis",
     bits: Annotated[float, typer.Option(help="bits per weight")] = 4,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any of the codec's params")
