@@ -88,24 +88,26 @@ def show(rows: list[dict[str, Any]], model: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL against stored bits, with the bootstrap interval."""
+    """KL against stored bits, a panel for each rate, with the bootstrap interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    rates = sorted({round(row["stored_bits"]) for row in rows})
+    figure, panels = pyplot.subplots(1, len(rates), figsize=(5 * len(rates), 4.5), layout="constrained", squeeze=False)
     marks = {"int": "s", "table": "o", "trellis": "^"}
-    for row in rows:
-        low, high = row["kl_ci95"]
-        bars = [[row["kl"] - low], [high - row["kl"]]]
-        axes.errorbar(row["stored_bits"], row["kl"], yerr=bars, fmt=marks[row["codec"]], capsize=3)
-        axes.annotate(
-            row["name"], (row["stored_bits"], row["kl"]), xytext=(6, 4), textcoords="offset points", fontsize=8
-        )
-    axes.set(yscale="log", xlabel="stored bits per packed weight", ylabel="KL(dense ‖ packed), nats", xlim=(1.9, 5.0))
-    axes.set_title("lower left is better")
-    axes.grid(alpha=0.3)
+    for rate, axes in zip(rates, panels[0], strict=True):
+        for row in (row for row in rows if round(row["stored_bits"]) == rate):
+            low, high = row["kl_ci95"]
+            bars = [[row["kl"] - low], [high - row["kl"]]]
+            axes.errorbar(row["stored_bits"], row["kl"], yerr=bars, fmt=marks[row["codec"]], capsize=3)
+            place = (row["stored_bits"], row["kl"])
+            axes.annotate(row["name"], place, xytext=(7, -3), textcoords="offset points", fontsize=9)
+        axes.set(xlabel="stored bits per packed weight", xlim=(rate, rate + 0.5), title=f"{rate} bits")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("KL(dense ‖ packed), nats: lower is better")
     figure.savefig(path, dpi=150)
 
 
