@@ -570,3 +570,12 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
         "error: expected the package torch, found none",
         "hint: pip install 'qformat-weights[torch]'",
     ]
+
+
+def test_conformance_holds_another_program_against_the_vectors() -> None:
+    """One that gives up on everything as damaged is right about the invalid cases alone."""
+    report = qformat("conformance", "--decoder", f"{sys.executable} -S -c 'raise SystemExit(3)'", "--json").json
+    results = {row["case"]: row["result"] for row in report["cases"]}
+    assert {row["decoder"] for row in report["cases"]} == {"command"} and report["skipped"] == 0
+    assert results["files/invalid-truncated"] == "passed" and results["table/nf4"] == "failed"
+    assert report["failed"] > report["passed"] > 100

@@ -263,13 +263,20 @@ def codecs(as_json: AsJson = False, debug: Debug = False) -> None:
 
 
 @app.command()
-def conformance(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Do the decoders that are here decode the specification's vectors?"""
+def conformance(
+    decoder: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="a program to hold against the vectors: CMD INPUT OUTPUT, see spec/vectors"),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Do the decoders that are here decode the specification's vectors, or does another program?"""
 
     def work() -> dict[str, Any]:
         from .here import conformance as job
 
-        return job()
+        return job(decoder)
 
     run.command(work, "conformance", as_json, debug)
 

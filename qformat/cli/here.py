@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 from typing import Any
 
 from qformat import codecs as registry
@@ -76,10 +77,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def conformance() -> dict[str, Any]:
+def conformance(command: str | None) -> dict[str, Any]:
+    """The decoders of this installation, or another program, against the specification's vectors."""
     from qformat import conformance as vectors
     from qformat.kernels.decoders import decoders
 
-    rows = vectors.run({vectors.REFERENCE: PackedWeight.decode, **decoders()})
+    if command is not None:
+        rows = vectors.run_command(shlex.split(command))
+    else:
+        rows = vectors.run({vectors.REFERENCE: PackedWeight.decode, **decoders()})
     counts = {kind: sum(row["result"] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
     return {**counts, "cases": rows}
