@@ -53,7 +53,7 @@ def layout(params: Params, shape: tuple[int, int]) -> list[Part]:
         dtype = getattr(params, name)
         if dtype is not None:
             part = blocks.part(name, dtype, shape, params.block, params.view)
-            # scattered groups: any column may use any scale, so a slice of columns keeps all of them
+            # scattered groups: any column may use any scale, so no cut along columns goes through the scales
             parts.append(Part(name, dtype, part.shape, part.out_axis, part.out_unit) if params.groups else part)
     if params.groups:
         parts.append(Part("groups", params.groups, (cols,), in_axis=0, in_unit=Fraction(1)))
