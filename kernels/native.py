@@ -24,7 +24,7 @@ from qformat import blocks, codecs
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UnsupportedError
 
-ABI = 5  # of kernels/cpu/qformat.h
+ABI = 6  # of kernels/cpu/qformat.h
 OK, UNSUPPORTED, NO_MEMORY = 0, -1, -2
 VARIANTS = ("avx512", "avx2", "scalar")
 SUFFIXES = (".so", ".pyd", ".dylib")
@@ -49,6 +49,10 @@ SIGNATURES: dict[str, list[Any]] = {
     "qf_decode": [c_void_p, c_int64, c_int64, c_void_p, c_int32],
     "qf_embedding": [c_void_p, c_void_p, c_int64, c_void_p, c_int32],
     "qf_linear": [c_void_p, c_void_p, c_int64, c_void_p, c_int32],
+    "qf_weight_linear": [c_void_p, c_void_p, c_int64, c_void_p, c_int32],
+    "qf_weight_embedding": [c_void_p, c_void_p, c_int64, c_void_p, c_int32],
+    "qf_ort_use": [c_void_p],
+    "qf_ort_constant": [c_void_p, c_int64, c_void_p, c_void_p],
     "qf_trellis_encode": [
         *(c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_int64, c_int32),
         *(c_void_p, c_void_p),

@@ -32,7 +32,7 @@ def layout(entry: Entry) -> list[Part]:
     """Every part of a weight: ``codes``, ``1_codes``, ``scales_codes``, ``in_scale``, ... with its full shape."""
     shape = matrix_shape(entry)
     parts = []
-    for prefix, term, _ in _terms(entry):
+    for prefix, term, _ in terms_of(entry):
         parts += [part.named(prefix) for part in _expand(term, shape)]
     if entry.rotation is not None:
         parts += rotation.layout(entry.rotation, shape)
@@ -42,7 +42,7 @@ def layout(entry: Entry) -> list[Part]:
     return [part.stacked(entry.shape[: entry.stack]) for part in parts]
 
 
-def _terms(entry: Entry) -> list[tuple[str, Term, bool]]:
+def terms_of(entry: Entry) -> list[tuple[str, Term, bool]]:
     """For each term: what its part names start with, its codec and params, whether it is outside the rotation."""
     out = []
     for i, term in enumerate(entry.terms):
@@ -83,11 +83,10 @@ def reference(codec: codecs.Codec, params: Any, shape: tuple[int, int], parts: M
     return codec.decode(params, shape, parts)
 
 
-def _decode_term(
-    term: Term, shape: tuple[int, int], parts: Mapping[str, Array], prefix: str, decoder: Decoder
-) -> Array:
-    """One term of one matrix, packed parts decoded first: float32 [out, in]."""
-    codec, params = codecs.read_params(term)
+def term_parts(
+    codec: codecs.Codec, params: Any, shape: tuple[int, int], parts: Mapping[str, Array], prefix: str, decoder: Decoder
+) -> dict[str, Array]:
+    """A term's parts as its codec's ``decode`` takes them: packed ones decoded, all of them checked."""
     arrays = {}
     for part in codec.layout(params, shape):
         name = prefix + part.name
@@ -97,7 +96,15 @@ def _decode_term(
             inner = _decode_term(dict(part.dtype), _flat(part.shape), parts, name + "_", decoder)
             arrays[part.name] = inner.reshape(part.shape)
     codec.check(params, shape, arrays)
-    return decoder(codec, params, shape, arrays)
+    return arrays
+
+
+def _decode_term(
+    term: Term, shape: tuple[int, int], parts: Mapping[str, Array], prefix: str, decoder: Decoder
+) -> Array:
+    """One term of one matrix: float32 [out, in]."""
+    codec, params = codecs.read_params(term)
+    return decoder(codec, params, shape, term_parts(codec, params, shape, parts, prefix, decoder))
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is infinite, which `check` names
@@ -108,7 +115,7 @@ def decode_matrix(
     shape = matrix_shape(entry)
     stored: Array | None = None
     outside = []
-    for prefix, term, is_outside in _terms(entry):
+    for prefix, term, is_outside in terms_of(entry):
         value = _decode_term(term, shape, parts, prefix, decoder)
         if is_outside:
             outside.append(value)
@@ -237,7 +244,7 @@ class PackedWeight:
 
     def _check_units(self, side: int, start: int, end: int, padded: int) -> None:
         """A code may stand for several rows or columns: no cut goes through them."""
-        for _, term, _ in _terms(self.entry):
+        for _, term, _ in terms_of(self.entry):
             codec, params = codecs.read_params(term)
             unit = codec.units(params)[side]
             if start % unit or (end % unit and end != padded):

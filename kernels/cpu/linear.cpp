@@ -16,7 +16,8 @@
 namespace qf {
 namespace {
 
-const Decoder decoders[] = {decode_int, decode_table, decode_trellis, decode_additive, decode_float, decode_e8p};  // by codec
+const Decoder decoders[] = {decode_int,   decode_table, decode_trellis, decode_additive,  // by codec
+                            decode_float, decode_e8p,   decode_sum,     decode_dense};
 
 constexpr int64_t scratch = 1 << 15;   // floats: 128 KiB, a part of the second-level cache
 constexpr int64_t deepest = 1 << 12;   // columns of a strip: those of the widest tile
@@ -25,12 +26,6 @@ constexpr int64_t worth = 1 << 16;     // multiplications or decoded weights tha
 int threads_for(int64_t work, int threads) {
   const int64_t most = std::max<int64_t>(1, work / worth);
   return threads > 0 ? int(std::min<int64_t>(threads, most)) : most == 1 ? 1 : 0;
-}
-
-void decode(const Block& b) {
-  const int64_t step = std::max(widest, b.matrix->col_unit);
-  for (int64_t c = b.c0; c < b.c1; c += step)
-    decoders[b.matrix->codec][variant()]({b.matrix, b.r0, b.r1, c, std::min(c + step, b.c1), b.out + c - b.c0, b.ld});
 }
 
 // y[i, r] (+)= sum over k < depth of x[i, k] w[r, k]. Every sum is made in the same order, whatever m and n are.
@@ -99,6 +94,13 @@ template <int W> QF_INLINE void dots(const Dots& d) {
 QF_DISPATCH(dots, Dots)
 
 }  // namespace
+
+void decode(const Block& b) {
+  const int64_t step = std::max(widest, b.matrix->col_unit);
+  for (int64_t c = b.c0; c < b.c1; c += step)
+    decoders[b.matrix->codec][variant()]({b.matrix, b.r0, b.r1, c, std::min(c + step, b.c1), b.out + c - b.c0, b.ld});
+}
+
 }  // namespace qf
 
 using namespace qf;

@@ -14,6 +14,7 @@ namespace qf {
 namespace {
 
 thread_local bool inside = false;
+thread_local const Crew* borrowed = nullptr;
 
 struct Job {
   const std::function<void(int64_t)>& body;
@@ -81,7 +82,9 @@ bool parallel(int threads, int64_t n, const std::function<void(int64_t)>& body) 
   const int64_t wanted = std::min<int64_t>(threads > 0 ? std::min(threads, 4 * cores) : cores, n);
   Job job{body, n};
   std::unique_lock<std::mutex> lock(*turn, std::defer_lock);
-  if (wanted > 1 && !inside && lock.try_lock()) {
+  if (wanted > 1 && !inside && borrowed) {
+    (*borrowed)([&] { job.drain(); });
+  } else if (wanted > 1 && !inside && lock.try_lock()) {
     if (!pool) pool = new Pool;
     pool->run(int(wanted) - 1, job);
   } else {
@@ -91,5 +94,8 @@ bool parallel(int threads, int64_t n, const std::function<void(int64_t)>& body) 
   }
   return !job.failed;
 }
+
+Borrowed::Borrowed(const Crew& crew) { borrowed = &crew; }
+Borrowed::~Borrowed() { borrowed = nullptr; }
 
 }  // namespace qf

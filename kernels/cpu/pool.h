@@ -10,4 +10,14 @@ namespace qf {
 // computes it. Calls from inside a body run on its own thread.
 bool parallel(int threads, int64_t n, const std::function<void(int64_t)>& body);
 
+// Another's threads instead of the pool's, for the calls of parallel() from this thread while a Borrowed lives. A
+// crew calls its argument, which does not throw, once on each of any number of threads.
+using Crew = std::function<void(const std::function<void()>&)>;
+class Borrowed {
+ public:
+  explicit Borrowed(const Crew& crew);
+  ~Borrowed();
+  Borrowed(const Borrowed&) = delete;
+};
+
 }  // namespace qf

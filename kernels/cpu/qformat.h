@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QF_ABI 5  // raised with every change of this file; kernels/native.py holds the same number
+#define QF_ABI 6  // raised with every change of this file; kernels/native.py holds the same number
 
 #if defined(__cplusplus)
 #define QF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -21,7 +21,8 @@ QF_EXPORT const char* qf_variant(void);          // name of the instruction set 
 QF_EXPORT int32_t qf_use(const char* variant);  // use another one from now on; QF_UNSUPPORTED: not on this machine
 
 // Packed matrices. Every one begins with a qf_matrix, and its own type says what follows.
-enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2, QF_ADDITIVE = 3, QF_FLOAT = 4, QF_E8P = 5 };  // codec
+enum { QF_INT = 0, QF_TABLE = 1, QF_TRELLIS = 2, QF_ADDITIVE = 3, QF_FLOAT = 4, QF_E8P = 5,
+       QF_SUM = 6, QF_DENSE = 7 };  // codec, or what stands for none
 enum { QF_NONE = 0, QF_FLOAT32 = 1, QF_FLOAT16 = 2, QF_BFLOAT16 = 3, QF_UINT8 = 4, QF_INT16 = 5 };  // dtype
 
 typedef struct {
@@ -99,6 +100,38 @@ typedef struct {  // value = numbers[32 + quarters] * scale, the quarters of a p
   qf_values scales;  // or QF_NONE
 } qf_e8p;
 
+typedef struct {  // value = the terms', added in order
+  qf_matrix matrix;  // units: the largest of the terms'
+  const qf_matrix* const* terms;
+  int64_t count;
+  int64_t dtype;  // rounded to it after each addition
+} qf_sum;
+
+typedef struct {  // for what no other type describes
+  qf_matrix matrix;  // row_unit 1, col_unit 1
+  const float* data;  // [rows, cols]
+} qf_dense;
+
+// One side of the rotation around a matrix (spec/README.md, Rotation). Null stands for what a side does not have.
+typedef struct {
+  int64_t length, size;  // of the side, and of a block of U; 1: no U
+  int64_t order;           // of the Hadamard matrix in U = hadamard ⊗ Sylvester / √size
+  const float* hadamard;   // [order, order]
+  const float* matrix;     // [size, size] in place of it
+  const float* scale;      // [length]
+  const int32_t* perm;     // [length]
+  const int32_t* inverse;  // [length] of perm
+} qf_side;
+
+// A weight as a model has it: W = D·P·U · stored · Uᵀ·Pᵀ·D + outside, cut to [rows, cols].
+typedef struct {
+  int64_t rows, cols;
+  const qf_matrix* stored;
+  qf_side in, out;
+  const qf_matrix* const* outside;
+  int64_t outsides;
+} qf_weight;
+
 // Rows [r0, r1) as float32 [r1 - r0, cols]; r0 is a multiple of row_unit.
 QF_EXPORT int32_t qf_decode(const qf_matrix* matrix, int64_t r0, int64_t r1, float* out, int32_t threads);
 
@@ -107,6 +140,11 @@ QF_EXPORT int32_t qf_embedding(const qf_matrix* matrix, const int64_t* rows, int
 
 // y [m, rows] = x [m, cols] times the transposed matrix, all float32. A row of y depends on its row of x alone.
 QF_EXPORT int32_t qf_linear(const qf_matrix* matrix, const float* x, int64_t m, float* y, int32_t threads);
+
+// The same two for a whole weight: y [m, weight rows] of x [m, weight cols]; out [n, weight cols].
+QF_EXPORT int32_t qf_weight_linear(const qf_weight* weight, const float* x, int64_t m, float* y, int32_t threads);
+QF_EXPORT int32_t qf_weight_embedding(const qf_weight* weight, const int64_t* rows, int64_t n, float* out,
+                                      int32_t threads);
 
 // The tail-biting path of least squared error through a bitshift trellis, tile by tile (spec/codecs/trellis.md).
 //   x       [tiles, steps * V]   elements in the order of their numbers, divided by their scales
@@ -138,3 +176,12 @@ QF_EXPORT int32_t qf_table_search(const float* x, int64_t n, int64_t blocks, int
                                   const float* scale, int64_t p, int64_t entries, const float* values,
                                   const float* borders, const int32_t* order, int32_t whole, int32_t threads,
                                   uint16_t* codes, int32_t* best);
+
+// For ONNX Runtime (ort.cpp): makes the weight of a node, whose attributes are given, from its constant inputs; it must
+// outlive the session. Null: it cannot, and `message` says why. To be set before RegisterCustomOps is called.
+typedef const qf_weight* (*qf_prepare)(const char* entry, const char* weight, const void* node, char* message,
+                                       int64_t size);
+QF_EXPORT void qf_ort_use(qf_prepare prepare);
+
+// Input `index` of such a node: its data and number of elements; null data where it is no constant.
+QF_EXPORT int32_t qf_ort_constant(const void* node, int64_t index, const void** data, int64_t* count);

@@ -17,7 +17,10 @@ struct Block {
   int64_t ld;
 };
 using Decoder = void (*const*)(const Block&);  // one for each instruction set
-extern const Decoder decode_int, decode_table, decode_trellis, decode_additive, decode_float, decode_e8p;
+extern const Decoder decode_int, decode_table, decode_trellis, decode_additive, decode_float, decode_e8p, decode_sum,
+    decode_dense;
+
+void decode(const Block& b);  // by the decoder of its codec
 
 QF_INLINE float from_bits(uint32_t bits) { return load<float>(&bits); }
 
@@ -27,6 +30,24 @@ QF_INLINE float from_half(uint16_t h) {
   if (rest >= 0x0400) return from_bits(sign | ((rest << 13) + 0x38000000));
   const float subnormal = float(rest) * 0x1p-24f;
   return sign ? -subnormal : subnormal;
+}
+
+// The nearest half, ties to even.
+QF_INLINE uint16_t to_half(float x) {
+  const uint32_t bits = load<uint32_t>(&x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // from the middle between the largest half and infinity
+  if (rest < 0x38800000) {  // subnormal: the unit of such a sum is that of the result
+    const float sum = from_bits(rest) + 0.5f;
+    return uint16_t(sign | (load<uint32_t>(&sum) - 0x3f000000));
+  }
+  return uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
+}
+
+QF_INLINE uint16_t to_bfloat(float x) {
+  const uint32_t bits = load<uint32_t>(&x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 QF_INLINE float at(const qf_values& v, int64_t i) {
