@@ -157,11 +157,10 @@ void turned_row(const qf_weight& w, int64_t row, float* out) {
   qf_side one = s;
   one.length = s.size;
   turned(one, true, factors.get(), spare.get());  // the row of U: Uᵀ times a unit vector
-  std::fill(out, out + cols, 0.f);
-  for (int64_t j = 0; j < s.size; j++) {
-    const float* from = block.get() + (first + j - r0) * cols;
-    for (int64_t c = 0; c < cols; c++) out[c] += factors[j] * from[c];
-  }
+  const float* from = block.get() + (first - r0) * cols;
+  for (int64_t c = 0; c < cols; c++) out[c] = factors[0] * from[c];
+  for (int64_t j = 1; j < s.size; j++)
+    for (int64_t c = 0; c < cols; c++) out[c] += factors[j] * from[j * cols + c];
   if (s.scale)
     for (int64_t c = 0; c < cols; c++) out[c] *= s.scale[row];
 }
