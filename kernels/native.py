@@ -24,7 +24,7 @@ from qformat import blocks, codecs
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UnsupportedError
 
-ABI = 6  # of kernels/cpu/qformat.h
+ABI = 7  # of kernels/cpu/qformat.h
 OK, UNSUPPORTED, NO_MEMORY = 0, -1, -2
 VARIANTS = ("avx512", "avx2", "scalar")
 SUFFIXES = (".so", ".pyd", ".dylib")
@@ -65,6 +65,7 @@ SIGNATURES: dict[str, list[Any]] = {
         *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
         *(c_int32, c_int32, c_void_p, c_void_p),
     ],
+    "qf_e8p_search": [c_void_p, c_int64, c_int64, c_void_p, c_int32, c_void_p],
 }
 
 
@@ -97,6 +98,13 @@ def available() -> bool:
 def why() -> str:
     """Why the library is not available; empty where it is."""
     return _load()[1]
+
+
+def path() -> Path:
+    """The library's file; to be asked for where it is available."""
+    library, why = _load()
+    assert library is not None, why
+    return Path(library._name)
 
 
 def variant() -> str:
@@ -139,6 +147,13 @@ def call(name: str, *arguments: Any) -> None:
         raise MemoryError(name)
     if status != OK:
         raise UnsupportedError(f"settings that {name} has a kernel for")
+
+
+def give(name: str, function: Any) -> None:
+    """Hand the library a ctypes callback, by the function ``name``."""
+    library, why = _load()
+    assert library is not None, why
+    getattr(library, name)(function)
 
 
 def _address(array: Array) -> int:

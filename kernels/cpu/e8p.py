@@ -7,7 +7,7 @@ from ctypes import Structure, c_int64, c_void_p
 
 import numpy as np
 
-from qformat import tables
+from qformat.codecs import e8p as codec
 from qformat.codecs.e8p import Params
 from qformat.dtypes import Array, rounded
 
@@ -32,7 +32,7 @@ class E8P(Structure):
 def matrix(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -> native.Matrix | None:
     grid = native.grid(params.block, None, shape)
     assert grid is not None  # there is no view
-    points = (tables.named("e8p" if params.bits == 2 else "e81b").astype(np.float32) * 4).astype(np.int8)
+    points = (codec.table(params.bits) * 4).astype(np.int8)
     numbers, stored = (QUARTERS / 4).astype(np.float32), parts.get("scales")
     if stored is not None and stored.size == 1:  # a single scale is taken in
         numbers, stored = numbers * stored.astype(np.float32).reshape(1), None
@@ -47,3 +47,18 @@ def matrix(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
         E8P(head, codes.ctypes.data, params.bits, points.ctypes.data, numbers.ctypes.data, grid, scales),
         (codes, points, numbers, *kept),
     )
+
+
+def encode(params: Params, weight: Array) -> dict[str, Array]:
+    """The codec's ``encode``, its points found by the library: equal bit for bit."""
+    vectors, scales = codec.scaled(params, weight)
+    codes = nearest(vectors.reshape(-1, codec.WIDTH), params.bits)
+    return {"codes": codes.reshape(*vectors.shape[:2], params.bits), **scales}
+
+
+def nearest(vectors: Array, bits: int, *, threads: int = 0) -> Array:
+    """The code of the point nearest to each of ``vectors``, float32 [n, 8]: uint8 [n, bits]."""
+    codes = np.empty((len(vectors), bits), np.uint8)
+    source = np.ascontiguousarray(vectors, np.float32)
+    native.call("qf_e8p_search", source, len(source), bits, codec.table(bits), threads, codes)
+    return codes

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QF_ABI 6  // raised with every change of this file; kernels/native.py holds the same number
+#define QF_ABI 7  // raised with every change of this file; kernels/native.py holds the same number
 
 #if defined(__cplusplus)
 #define QF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -176,6 +176,13 @@ QF_EXPORT int32_t qf_table_search(const float* x, int64_t n, int64_t blocks, int
                                   const float* scale, int64_t p, int64_t entries, const float* values,
                                   const float* borders, const int32_t* order, int32_t whole, int32_t threads,
                                   uint16_t* codes, int32_t* best);
+
+// The code of the point nearest to each vector (qformat/codecs/e8p.py, nearest).
+//   x      [n, 8]
+//   table  [256, 8]   of the patterns with 2 bits, of the points with 1
+//   codes  [n, bits]  out
+QF_EXPORT int32_t qf_e8p_search(const float* x, int64_t n, int64_t bits, const float* table, int32_t threads,
+                                uint8_t* codes);
 
 // For ONNX Runtime (ort.cpp): makes the weight of a node, whose attributes are given, from its constant inputs; it must
 // outlive the session. Null: it cannot, and `message` says why. To be set before RegisterCustomOps is called.

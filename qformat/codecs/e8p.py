@@ -65,42 +65,53 @@ def decode(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -
 def points(codes: Array) -> Array:
     """uint8 [..., 1 or 2] -> float32 [..., 8]."""
     if codes.shape[-1] == 1:
-        return tables.named("e81b").astype(np.float32)[codes[..., 0]]
+        return table(1)[codes[..., 0]]
     signs, patterns = codes[..., 0], codes[..., 1]
-    values: Array = tables.named("e8p").astype(np.float32)[patterns] * SIGNS[signs] + SHIFTS[signs][..., None]
+    values: Array = table(2)[patterns] * SIGNS[signs] + SHIFTS[signs][..., None]
     return values
+
+
+def table(bits: int) -> Array:
+    """The patterns with 2 bits, the points with 1: float32 [256, 8]."""
+    return tables.named("e8p" if bits == 2 else "e81b").astype(np.float32)
 
 
 def encode(params: Params, weight: Array) -> dict[str, Array]:
     """float32 [out, in] -> parts: the nearest point for each vector. A block's scale is its root mean square over
     ``GAIN``.
     """
-    weight = weight.astype(np.float32)
-    parts: dict[str, Array] = {}
-    if params.scales is not None:
-        if not isinstance(params.scales, str):
-            raise UnsupportedError("parts with a dtype when encoding", "packed parts")
-        grid, size = blocks.grid(params.block, weight.shape), blocks.size(params.block, weight.shape)
-        squares = blocks.gather(weight.astype(np.float64) ** 2, params.block).sum(axis=0).reshape(grid)
-        count = np.minimum(size[0], weight.shape[0] - size[0] * np.arange(grid[0]))[:, None] * np.minimum(
-            size[1], weight.shape[1] - size[1] * np.arange(grid[1])
-        )
-        scales = held((np.sqrt(squares / count) / GAIN[params.bits]).astype(np.float32), params.scales)
-        parts["scales"] = scales.astype(NUMPY[params.scales])
-        spread = blocks.spread(scales, weight.shape, params.block)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            weight = np.where(spread == 0, np.float32(0), weight / spread)
-    vectors = weight.reshape(-1, WIDTH)
-    chunks = np.array_split(vectors, max(1, len(vectors) * 256 // SEARCHED))
+    vectors, scales = scaled(params, weight)
+    flat = vectors.reshape(-1, WIDTH)
+    chunks = np.array_split(flat, max(1, len(flat) * 256 // SEARCHED))
     codes = np.concatenate([nearest(chunk, params.bits) for chunk in chunks])
-    return {"codes": codes.reshape(weight.shape[0], weight.shape[1] // WIDTH, params.bits), **parts}
+    return {"codes": codes.reshape(*vectors.shape[:2], params.bits), **scales}
+
+
+def scaled(params: Params, weight: Array) -> tuple[Array, dict[str, Array]]:
+    """The vectors that are to become points, float32 [out, in / 8, 8], and the part ``scales`` that divided them."""
+    weight = weight.astype(np.float32)
+    shape = weight.shape[0], weight.shape[1] // WIDTH, WIDTH
+    if params.scales is None:
+        return weight.reshape(shape), {}
+    if not isinstance(params.scales, str):
+        raise UnsupportedError("parts with a dtype when encoding", "packed parts")
+    grid, size = blocks.grid(params.block, weight.shape), blocks.size(params.block, weight.shape)
+    squares = blocks.gather(weight.astype(np.float64) ** 2, params.block).sum(axis=0).reshape(grid)
+    count = np.minimum(size[0], weight.shape[0] - size[0] * np.arange(grid[0]))[:, None] * np.minimum(
+        size[1], weight.shape[1] - size[1] * np.arange(grid[1])
+    )
+    scales = held((np.sqrt(squares / count) / GAIN[params.bits]).astype(np.float32), params.scales)
+    spread = blocks.spread(scales, weight.shape, params.block)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weight = np.where(spread == 0, np.float32(0), weight / spread)
+    return weight.reshape(shape), {"scales": scales.astype(NUMPY[params.scales])}
 
 
 def nearest(vectors: Array, bits: int) -> Array:
     """The code of the point nearest to each of ``vectors``, float32 [n, 8]: uint8 [n, bits]."""
     if bits == 1:
-        table = tables.named("e81b").astype(np.float32)
-        likeness = sum(vectors[:, k, None] * table[:, k] for k in range(WIDTH)) - (table**2).sum(axis=1) / 2
+        known = table(1)
+        likeness = sum(vectors[:, k, None] * known[:, k] for k in range(WIDTH)) - (known**2).sum(axis=1) / 2
         found: Array = np.asarray(likeness).argmax(axis=1).astype(np.uint8)[:, None]
         return found
     above, below = _with_even_signs(vectors - np.float32(0.25)), _with_even_signs(vectors + np.float32(0.25))
@@ -114,21 +125,22 @@ def _with_even_signs(vectors: Array) -> Array:
     """The pattern, and the even number of signs, whose product is nearest to each vector: uint8 [n, 2]. Every sign goes
     where the vector's does; where that makes an odd number, the one that costs least is turned.
     """
-    table = tables.named("e8p").astype(np.float32)
-    size, wide = np.abs(vectors), np.abs(table)
-    likeness = np.zeros((len(vectors), len(table)), np.float32)
+    patterns = table(2)
+    size, wide = np.abs(vectors), np.abs(patterns)
+    likeness = np.zeros((len(vectors), len(patterns)), np.float32)
     least = np.full_like(likeness, np.inf)
     for k in range(WIDTH):  # one by one: the order of a matrix product differs from machine to machine
         product = size[:, k, None] * wide[:, k]
         likeness += product
         np.minimum(least, product, out=least)
-    odd = (vectors < 0).sum(axis=1)[:, None] + (table < 0).sum(axis=1) & 1
-    likeness -= 2 * odd * least + (table**2).sum(axis=1) / 2
-    patterns = likeness.argmax(axis=1)
-    negative = (vectors < 0) ^ (table[patterns] < 0)
-    turned = (size * wide[patterns]).argmin(axis=1)
+    odd = (vectors < 0).sum(axis=1)[:, None] + (patterns < 0).sum(axis=1) & 1
+    likeness -= (patterns**2).sum(axis=1) / 2
+    likeness -= np.where(odd, 2 * least, np.float32(0))
+    found = likeness.argmax(axis=1)
+    negative = (vectors < 0) ^ (patterns[found] < 0)
+    turned = (size * wide[found]).argmin(axis=1)
     negative[np.arange(len(vectors)), turned] ^= negative.sum(axis=1) % 2 == 1
-    return np.stack([(negative << SIGN_BITS).sum(axis=1), patterns], axis=1).astype(np.uint8)
+    return np.stack([(negative << SIGN_BITS).sum(axis=1), found], axis=1).astype(np.uint8)
 
 
 def check(params: Params, shape: tuple[int, int], parts: Mapping[str, Array]) -> None:

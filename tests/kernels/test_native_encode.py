@@ -9,9 +9,10 @@ import pytest
 from native_setup import PLAIN, each_variant, needs_library
 
 from qformat import codecs
-from qformat.codecs import _trellis_search, trellis
+from qformat.codecs import _trellis_search, e8p, trellis
 from qformat.dtypes import Array
 from qformat.kernels import native
+from qformat.kernels.cpu import e8p as native_e8p
 from qformat.kernels.cpu.trellis import search, search_error
 
 Trellis = tuple[int, int, tuple[int, ...]]
@@ -166,3 +167,35 @@ def test_vectors_find_an_entry_as_near_as_the_reference(variant: str, term: dict
     found = codec.decode(params, source.shape, parts)
     assert ((found - source) ** 2).sum() == pytest.approx(((expected - source) ** 2).sum(), rel=1e-5)
     assert (found != expected).mean() < 0.01
+
+
+@each_variant
+@pytest.mark.parametrize("bits", [1, 2])
+def test_points_are_those_of_the_reference(variant: str, bits: int) -> None:
+    """For vectors near and far, points themselves, and many as near to one point as to another."""
+    rng = np.random.default_rng(bits)
+    drawn = [size * rng.standard_normal((301, 8)) for size in (0.1, 1, 4, 1e6)]
+    vectors = np.concatenate([*drawn, *(rng.integers(-12, 13, (300, 8)) / n for n in (4, 2)), np.zeros((1, 8))])
+    vectors = vectors.astype(np.float32)
+    expected = e8p.nearest(vectors, bits)
+    with native.using(variant):
+        for n, threads in ((len(vectors), 1), (len(vectors), 3), (1, 1), (17, 1)):
+            assert np.array_equal(native_e8p.nearest(vectors[-n:], bits, threads=threads), expected[-n:])
+
+
+E8PS: list[dict[str, Any]] = [
+    {"bits": 2},
+    {"bits": 1, "block": [-1, -1], "scales": "float32"},
+    {"bits": 2, "block": [3, 20], "scales": "float16"},
+]
+
+
+@needs_library
+@pytest.mark.parametrize("term", E8PS)
+def test_e8p_has_the_parts_of_the_reference(term: dict[str, Any]) -> None:
+    codec, params = codecs.read_params({"codec": "e8p", **term})
+    source = weight()[:, :248]
+    expected, found = codec.encode(params, source), native_e8p.encode(params, source)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name])
