@@ -51,15 +51,15 @@ def numbers(dtype: str, shape: tuple[int, ...], scale: float) -> Array:
     return (scale * rng.standard_normal(shape, np.float32)).astype(NUMPY[dtype])
 
 
-def make(folder: Path, term: dict[str, Any] | None, rotate: Any, hidden: int, layers: int) -> int:
-    """Write the model, packed by ``term`` or dense; the bytes of its packed weights."""
+def make(folder: Path, terms: tuple[dict[str, Any], ...] | None, rotate: Any, hidden: int, layers: int) -> int:
+    """Write the model, packed by ``terms`` or dense; the bytes of its packed weights."""
     config = json.loads((SMALL / "config.json").read_text())
     config |= {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers}
     config |= {"head_dim": 64, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
     specs, entries, packed = {}, {}, 0
     for name, shape in shapes(hidden, layers).items():
-        if term is not None and ".layers." in name and len(shape) == 2:
-            entries[name] = entry_of(name, shape, "bfloat16", term, rotate)
+        if terms is not None and ".layers." in name and len(shape) == 2:
+            entries[name] = entry_of(name, shape, "bfloat16", terms, rotate)
             parts = weight.layout(entries[name])
             specs |= {f"{name}_{part.name}": spec(str(part.dtype), part.shape) for part in parts}
             packed += sum(part.nbytes for part in parts)
@@ -70,7 +70,7 @@ def make(folder: Path, term: dict[str, Any] | None, rotate: Any, hidden: int, la
         for name, one in specs.items():
             dtype = {"BF16": "bfloat16", "F16": "float16", "U8": "uint8", "I8": "int8", "F32": "float32"}[one.tag]
             out.put(name, numbers(dtype, one.shape, 1.0 if len(one.shape) == 1 else 0.02))
-    if term is not None:
+    if terms is not None:
         config[KEY] = write(Manifest(entries=group(entries.items())))
     (folder / "config.json").write_text(json.dumps(config))
     return packed
@@ -115,12 +115,12 @@ def main() -> None:
         print(json.dumps(measure(options.measure)))
         return
     rotate = "hadamard" if options.codec == "trellis" else "none"
-    term = {"codec": options.codec, **codecs.get(options.codec).preset(options.bits, rotate == "hadamard", {})}
+    terms = codecs.preset(options.codec, options.bits, rotate == "hadamard", {})
     machine = f"{platform.system()} {platform.machine()}"
-    result: dict[str, Any] = {"qformat": qformat.__version__, "machine": machine, "term": term, "rotate": rotate}
+    result: dict[str, Any] = {"qformat": qformat.__version__, "machine": machine, "terms": terms, "rotate": rotate}
     result |= {"layers": options.layers, "hidden": options.hidden}
     with tempfile.TemporaryDirectory() as folder:
-        for name, how in (("packed", term), ("dense", None)):
+        for name, how in (("packed", terms), ("dense", None)):
             nbytes = make(Path(folder) / name, how, rotate, options.hidden, options.layers)
             command = [sys.executable, __file__, "--measure", str(Path(folder) / name)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -52,7 +52,7 @@ def pack(model: str, out: Path, tokens: int) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "codec": how["codec"],
-                "settings": {key: value for key, value in packed["term"].items() if key != "codec"},
+                "terms": packed["terms"],
                 "rotate": packed["rotate"],
                 "stored_bits": packed["stored_bits"],
                 "bytes": packed["bytes"],

@@ -107,7 +107,7 @@ def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_quantize_reports_what_inspect_reports(life: Life) -> None:
     found = qformat("inspect", life.packed, "--json").json
     keys = {"format", "stored_bits", "bytes", "weights", "coverage", "notes", "files"}
-    assert found.keys() == keys and life.report.keys() == keys | {"seconds", "term", "rotate"}
+    assert found.keys() == keys and life.report.keys() == keys | {"seconds", "terms", "rotate"}
     for key in ("format", "stored_bits", "bytes", "weights", "coverage"):
         assert found[key] == life.report[key]
     assert found["format"] == "qformat"

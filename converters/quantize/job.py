@@ -12,7 +12,6 @@ from qformat import checkpoint, codecs, sources
 from qformat.checkpoint import Checkpoint
 from qformat.dtypes import Array
 from qformat.errors import QformatError, UsageError
-from qformat.manifest import read_term
 
 from .. import report
 from ..importers import read
@@ -50,19 +49,20 @@ def quantize(
             "a dense model", found, file=opened.path, hint="`qformat convert SRC DST --to dense` makes one"
         )
     turn = _rotate(rotate, codec)
-    term = {"codec": codec, **codecs.get(codec).preset(bits, turn != "none", settings or {})}
-    read_term(term)
+    terms = codecs.preset(codec, bits, turn != "none", settings or {})
+    for term in terms:
+        codecs.read_params(term)
     chosen = select(opened, include, exclude)
     if not chosen:
         raise UsageError("weights to pack", "none", file=opened.path, hint="--include takes globs of tensor names")
-    plan = _plan(opened, dense, set(chosen), term, turn)
+    plan = _plan(opened, dense, set(chosen), terms, turn)
     started = time.perf_counter()
     coverage = account(opened, plan)
     write(opened, plan, Path(target), coverage, packed=True, overwrite=overwrite, progress=progress)
     seconds = timed(started)
     return {
         **report.summary(checkpoint.open(target), coverage),
-        "term": term,
+        "terms": list(terms),
         "rotate": turn,
         "notes": list(dense.notes),
         "files": files,
@@ -80,7 +80,9 @@ def _rotate(asked: str | int | None, codec: str) -> Rotate:
     return int(asked)
 
 
-def _plan(source: Checkpoint, dense: Plan, chosen: set[str], term: Mapping[str, Any], rotate: Rotate) -> Plan:
+def _plan(
+    source: Checkpoint, dense: Plan, chosen: set[str], terms: Sequence[Mapping[str, Any]], rotate: Rotate
+) -> Plan:
     transposed = source.config.get("model_type") in TRANSPOSED_EXPERTS
     items = []
     for item in dense.items:
@@ -91,7 +93,7 @@ def _plan(source: Checkpoint, dense: Plan, chosen: set[str], term: Mapping[str, 
         fused = len(tensor.shape) - 2
         dtype = tensor.dtype if tensor.dtype != "float64" else "float32"
         entry = entry_of(
-            item.name, tensor.shape, dtype, term, rotate, stack=fused, transposed=bool(fused and transposed)
+            item.name, tensor.shape, dtype, terms, rotate, stack=fused, transposed=bool(fused and transposed)
         )
         items.append(_packed(source, item, entry))
     return replace(dense, items=tuple(items))

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from qformat.kernels import native
 from qformat.manifest import Entry
 from qformat.records import read_record
 from qformat.rotation import Rotation, Side
-from qformat.weight import PackedWeight, matrix_shape
+from qformat.weight import PackedWeight, matrix_shape, terms_of
 
 Rotate = Literal["hadamard", "none"] | int  # the size of the blocks of both sides
 Encode = Callable[[Any, Array], dict[str, Array]]
@@ -28,19 +28,20 @@ def entry_of(
     name: str,
     shape: tuple[int, ...],
     dtype: str,
-    term: Mapping[str, Any],
+    terms: Sequence[Mapping[str, Any]],
     rotate: Rotate,
     *,
     stack: int = 0,
     transposed: bool = False,
 ) -> Entry:
-    """The entry of a weight that is to be packed by ``term``: padded to the codec's units and to whole blocks of a
-    ``rotate`` of a size, rotated if asked for.
+    """The entry of a weight that is to be packed as a sum of ``terms``: padded to their codecs' units and to whole
+    blocks of a ``rotate`` of a size, rotated if asked for.
     """
-    codec, params, _ = manifest.read_term(dict(term))
-    units = codec.units(params)
+    found = [codecs.read_params(term) for term in terms]
+    sides = [codec.units(params) for codec, params in found]
     if isinstance(rotate, int):
-        units = math.lcm(units[0], rotate), math.lcm(units[1], rotate)
+        sides.append((rotate, rotate))
+    units = [math.lcm(*side) for side in zip(*sides, strict=True)]
     axes = (units[1], units[0]) if transposed else units
     flat = shape[stack:] if len(shape) == stack + 2 else ()
     stored = (*shape[:stack], *(-(-n // unit) * unit for n, unit in zip(flat, axes, strict=True))) if flat else shape
@@ -48,7 +49,7 @@ def entry_of(
         "weights": [name],
         "shape": shape,
         "dtype": dtype,
-        "terms": [dict(term)],
+        "terms": [dict(term) for term in terms],
         "label": "quantized",
         "stack": stack,
         "transposed": transposed,
@@ -108,10 +109,21 @@ def _pack_matrix(entry: Entry, weight: Array) -> dict[str, Array]:
             turn = _scales(entry.rotation, padded)
             rotation.check(entry.rotation, turn)
             padded = rotation.apply(entry.rotation, padded, turn).astype(np.float32)
-        codec, params, _ = manifest.read_term(entry.terms[0])
-        parts = encoder(codec)(params, padded)
-    codec.check(params, shape, parts)
-    return parts | turn
+        return _encode(entry, padded) | turn
+
+
+def _encode(entry: Entry, matrix: Array) -> dict[str, Array]:
+    """The parts of every term: each one packs what those before it leave over."""
+    parts: dict[str, Array] = {}
+    rest = matrix
+    for prefix, term, _ in terms_of(entry):
+        codec, params = codecs.read_params(term)
+        own = encoder(codec)(params, rest)
+        codec.check(params, rest.shape, own)
+        parts |= {prefix + name: array for name, array in own.items()}
+        if len(entry.terms) > 1:
+            rest = rest - codec.decode(params, rest.shape, own)
+    return parts
 
 
 def _scales(turn: Rotation, matrix: Array) -> dict[str, Array]:

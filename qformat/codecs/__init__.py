@@ -19,8 +19,8 @@ class Codec(Protocol):
     """What every codec module holds. ``shape`` is always the matrix ``(out, in)``; parts are NumPy arrays.
 
     ``preset`` gives the params for ``quantize --bits BITS``, around the ``settings`` that were asked for; ``rotated``
-    weights are Gaussian, with one variance throughout. ``units`` are the rows and columns that a matrix is padded to
-    multiples of before it can be encoded.
+    weights are Gaussian, with one variance throughout. A codec may have ``SUMS``, too: bits -> those of the terms that
+    add up to them. ``units`` are the rows and columns that a matrix is padded to multiples of before it can be encoded.
     """
 
     NAME: str
@@ -45,6 +45,13 @@ def get(name: str) -> Codec:
     if name not in NAMES:
         raise UnsupportedError(f"one of the codecs {', '.join(NAMES)}", repr(name), hint="a newer qformat may know it")
     return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+
+
+def preset(name: str, bits: float, rotated: bool, settings: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The terms, as JSON, for ``quantize --codec NAME --bits BITS``; ``settings`` are those of each."""
+    codec = get(name)
+    widths = getattr(codec, "SUMS", {}).get(bits, (bits,))
+    return tuple({"codec": name, **codec.preset(width, rotated, settings)} for width in widths)
 
 
 def read_params(term: Mapping[str, Any], depth: int = 0) -> tuple[Codec, Record]:

@@ -18,6 +18,7 @@ from ..records import Record
 
 NAME = "e8p"
 WIDTH = 8  # values of a code
+SUMS = {3: (2, 1), 4: (2, 2)}
 GAIN = {1: 0.61, 2: 1.03}  # root mean square of Gaussian numbers that the codebook takes best: `bench/distortion.py`
 SEARCHED = 1 << 18  # products of vectors and patterns held at a time: bounds the memory of the search
 
@@ -156,5 +157,5 @@ def units(params: Params) -> tuple[int, int]:
 def preset(bits: float, rotated: bool, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The params for ``quantize --codec e8p --bits BITS``: one scale for a rotated weight, else one for each row."""
     if bits not in GAIN:
-        raise UnsupportedError("1 or 2 bits for e8p", f"{bits:g}", hint="more are sums of terms")
+        raise UnsupportedError("1, 2, 3 or 4 bits for e8p", f"{bits:g}")
     return {"bits": int(bits), "block": [-1, -1] if rotated else [1, -1], "scales": "float16", **settings}

@@ -68,8 +68,8 @@ def packed_model(path: Path) -> Path:
             rest[name] = dense.array(name)
             continue
         codec, bits, rotate = CODECS[kind]
-        term = {"codec": codec, **codecs.get(codec).preset(bits, rotate == "hadamard", {})}
-        weights[name] = pack(entry_of(name, tensor.shape, tensor.dtype, term, rotate), dense.array(name))
+        terms = codecs.preset(codec, bits, rotate == "hadamard", {})
+        weights[name] = pack(entry_of(name, tensor.shape, tensor.dtype, terms, rotate), dense.array(name))
     config = dense.config | {"num_hidden_layers": 1, "tie_word_embeddings": True}
     shutil.copy(TINY / "tokenizer.json", folder(path, weights, rest, config))
     return path
