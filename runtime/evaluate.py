@@ -107,7 +107,7 @@ def _measure(model: Any, other: Any, windows: np.ndarray) -> np.ndarray:
 
     ids = torch.from_numpy(windows)
     out = torch.zeros(len(windows), 4, dtype=torch.float64)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what layers share of a product goes by the versions of tensors
         log_q = _log_probabilities(model, ids)
         target = ids[:, 1:, None]
         out[:, 0] = -log_q.gather(-1, target).squeeze(-1).double().mean(dim=1)

@@ -16,7 +16,13 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    apply_renamings,
+    rename_source_key,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -115,7 +121,10 @@ class QformatQuantizer(HfQuantizer):
         self.ties = dict(model.all_tied_weights_keys)
         places = _Places(model)
         for name, entry in _checked(self.manifest, checkpoint_files).items():
-            places.pack(places.path(name), entry)
+            try:
+                places.share(name, entry) if entry.concat else places.pack(places.path(name), entry)
+            except QformatError as error:
+                raise error.located(file=model.name_or_path, weight=name) from None
         places.tie(self.manifest.aliases)
         if places.experts:
             model.set_experts_implementation("eager")  # the one that takes experts one by one
@@ -133,11 +142,18 @@ class QformatQuantizer(HfQuantizer):
                     raise DamagedError("a tensor that was loaded", "none", **where)
             for name in module.part_names():
                 module.get_parameter(name).requires_grad_(False)
+            if any(not info.own and module.parts(name)[0].is_meta for name, info in module.packed.items()):
+                where = {"file": model.name_or_path, "weight": path}
+                raise UnsupportedError("a weight that several modules share, in memory", "left on disk", **where)
         _prepare(model)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for _, module in _packed(model):
+        packed = sorted(_packed(model), key=lambda item: not all(info.own for info in item[1].packed.values()))
+        for path, module in packed:
             modules.unpack(module)
+            if type(module) is nn.Module:  # there for what it held alone
+                parent, _, name = path.rpartition(".")
+                del model.get_submodule(parent)._modules[name]
         for part in _models(model):
             vars(part).pop("_tied_weights_keys", None)
         model.all_tied_weights_keys = self.ties
@@ -161,10 +177,8 @@ def _checked(described: Manifest, files: Sequence[str] | None) -> dict[str, Entr
     shards = [Shard(Path(file)) for file in files or ()]
     where = {tensor: shard for shard in shards for tensor in shard.tensors}
     entries = described.names(limit=len(where) if files else 1 << 20)
-    if joined := next((name for name, entry in entries.items() if entry.concat), ""):
-        found = "several of the model's weights in one"
-        hint = "`qformat convert SRC DST --to dense` makes a model that runs"
-        raise UnsupportedError("weights stored one by one, to be run", found, weight=joined, hint=hint)
+    for member in manifest.members(entries).keys() & where.keys():
+        raise DamagedError("a weight that lies in another one, stored once", "a tensor too", weight=member)
     for name, entry in entries.items() if files else ():
         names = {part.name: f"{name}_{part.name}" for part in layout(entry)}
         present = {part: where[tensor].array(tensor) for part, tensor in names.items() if tensor in where}
@@ -219,16 +233,63 @@ class _Places:
 
     def pack(self, path: str, entry: Entry) -> bool:
         """False where the model has no such parameter; transformers then reports the tensors as unexpected."""
-        parent, _, name = path.rpartition(".")
-        try:
-            module = self.model.get_submodule(parent)
-        except AttributeError:
-            return False
-        if module._parameters.get(name) is None:
+        module, name = self._module(path)
+        if module is None:
             return False
         modules.pack(module, name, entry)
         self.entries[path] = entry
         return True
+
+    def _module(self, path: str) -> tuple[nn.Module | None, str]:
+        """The module that has the parameter, or None, and its name there."""
+        parent, _, name = path.rpartition(".")
+        try:
+            module = self.model.get_submodule(parent)
+        except AttributeError:
+            return None, name
+        return (module if module._parameters.get(name) is not None else None), name
+
+    def share(self, name: str, entry: Entry) -> None:
+        """What is stored under ``name``, for the weights that are rows of it: a module of that name holds the parts."""
+        rows = manifest.members({name: entry})
+        places = {member: self._module(self.path(member)) for member in rows}
+        lacking = [member for member, (module, _) in places.items() if module is None]
+        if len(lacking) == len(rows):
+            return
+        if lacking:
+            raise DamagedError("a place in the model for each weight", "none", weight=lacking[0])
+        first = next(iter(rows))
+        module, leaf = places[first]
+        path = self._stored_path(name, first)
+        holder, held = self._holder(path)
+        modules.hold(holder, held, entry, like=module._parameters[leaf])
+        self.entries[path] = entry
+        ties = self.model.all_tied_weights_keys
+        for member, (module, leaf) in places.items():
+            if self.path(member) in (*ties, *ties.values()):
+                raise UnsupportedError("a weight of its own, to be tied", "rows of another", weight=member)
+            modules.share(module, leaf, holder, held, rows[member][1:])
+
+    def _stored_path(self, name: str, member: str) -> str:
+        """Where transformers will look for ``name``, which the model lacks: its path is changed as a member's is."""
+        path, own, stored = self.path(member), *(apply_renamings(one, self.renamings) for one in (member, name))
+        if own.endswith(path):  # the model is the base of what was saved
+            return stored.removeprefix(own.removesuffix(path))
+        return path.removesuffix(own) + stored
+
+    def _holder(self, path: str) -> tuple[nn.Module, str]:
+        """A module for what is stored under ``path``, made where there is none, and its name there."""
+        *steps, name = path.split(".")
+        module: nn.Module = self.model
+        for step in steps:
+            if step not in module._modules:
+                if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                    raise UnsupportedError("a stored weight beside those of the model", "one in a list of its modules")
+                module.add_module(step, nn.Module())
+            module = module.get_submodule(step)
+        if name in module._parameters:
+            raise DamagedError("a stored weight of which several of the model's are rows", "one of the model's itself")
+        return module, name
 
     def tie(self, aliases: Mapping[str, str]) -> None:
         """What shares a weight that is packed shares its parts; where several are stored, each keeps its own."""
@@ -296,7 +357,7 @@ def _prepare(model: Any) -> None:
     for path, module in _packed(model):
         for name, info in module.packed.items():
             parts, spec, count = module.parts(name), info.spec, 1
-            if parts[0].is_meta:
+            if parts[0].is_meta or info.owner is not None:
                 continue
             entry = entry_of(spec)
             for size in entry.shape[: entry.stack]:

@@ -98,16 +98,3 @@ def test_the_vectors_have_every_name() -> None:
     case = next(case for case in conformance.find() if case.name == "manifest/concat-rotated")
     weights, refusal = conformance._open(case)
     assert refusal is None and {"l.0.gate_up", "l.0.gate", "l.1.up"} <= weights.keys()
-
-
-def test_transformers_refuses_them(joined: Path) -> None:
-    huggingface = pytest.importorskip("qformat.runtime.huggingface")
-    described = checkpoint.open(joined).manifest
-    with pytest.raises(UnsupportedError, match="l.0.qkv.weight: expected weights stored one by one"):
-        huggingface._checked(described, [str(joined / "model.safetensors")])
-
-
-def test_onnx_refuses_them(joined: Path, tmp_path: Path) -> None:
-    export = pytest.importorskip("qformat.runtime.ort.export")
-    with pytest.raises(UnsupportedError, match="l.0.qkv.weight: expected weights stored one by one, for ONNX"):
-        export.export(joined, tmp_path / "onnx")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from qformat.manifest import Entry
 from qformat.weight import PackedWeight
 
 from . import ops
-from .prepared import spec
+from .prepared import entry_of, rows_of, shape_of, spec
 from .tensor import Joined, PackedTensor
 
 
@@ -27,6 +28,12 @@ class Info(NamedTuple):
     spec: str
     parts: tuple[str, ...]
     dtype: torch.dtype
+    owner: nn.Module | None = None  # that has the parts, where it is another module
+
+    @property
+    def own(self) -> bool:
+        """False for a weight that is stored here, and is none of this module: others are rows of it."""
+        return rows_of(self.spec) is not None or not entry_of(self.spec).concat
 
 
 class Packed(nn.Module):
@@ -37,10 +44,12 @@ class Packed(nn.Module):
     packed: dict[str, Info]
 
     def parts(self, name: str = "weight") -> list[Tensor]:
-        return [self._parameters[part] for part in self.packed[name].parts]  # type: ignore[misc]
+        info = self.packed[name]
+        return [(info.owner or self)._parameters[part] for part in info.parts]  # type: ignore[misc]
 
     def part_names(self) -> list[str]:
-        return [part for info in self.packed.values() for part in info.parts]
+        """Of the parts that lie in this module."""
+        return [part for info in self.packed.values() if info.owner is None for part in info.parts]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         kept = {id(self._parameters[part]) for part in self.part_names()}
@@ -78,22 +87,49 @@ class QEmbedding(Packed, nn.Embedding):
         return ops.embedding_op(input, self.parts(), info.spec).to(info.dtype)
 
 
-def pack(module: nn.Module, name: str, entry: Entry) -> None:
+def pack(module: nn.Module, name: str, entry: Entry, rows: tuple[int, int] | None = None) -> None:
     """Replace a module's parameter by the parts that ``entry`` says, empty, on its device; the module's class changes.
+    With ``rows`` the parameter was these of what is stored.
 
     Raises :class:`DamagedError` where the parameter has another shape.
     """
+    dense = _replaced(module, name, text := spec(entry, rows))
+    _describe(module, name, Info(text, _register(module, name, entry, dense.device), dense.dtype))
+
+
+def hold(module: nn.Module, name: str, entry: Entry, like: Tensor) -> None:
+    """Let a module have the parts of a weight that is none of its own, for :func:`share`; on the device of ``like``."""
+    _describe(module, name, Info(spec(entry), _register(module, name, entry, like.device), like.dtype))
+
+
+def share(module: nn.Module, name: str, owner: nn.Module, held: str, rows: tuple[int, int]) -> None:
+    """Replace a module's parameter by ``rows`` of what ``owner`` holds as ``held``; see :func:`pack`."""
+    whole: Info = owner.packed[held]  # type: ignore[index, assignment]
+    dense = _replaced(module, name, text := spec(entry_of(whole.spec), rows))
+    _describe(module, name, Info(text, whole.parts, dense.dtype, owner))
+
+
+def _replaced(module: nn.Module, name: str, text: str) -> Tensor:
+    """The parameter of a module, taken away."""
     dense = module._parameters[name]
     assert dense is not None
-    if tuple(dense.shape) != entry.shape:
-        raise DamagedError(f"the model's shape {list(dense.shape)}", str(list(entry.shape)))
-    del module._parameters[name]
-    module.__class__ = _class(type(module), name, simple=len(entry.shape) == 2 and not entry.transposed)
+    if tuple(dense.shape) != shape_of(text):
+        raise DamagedError(f"the model's shape {list(dense.shape)}", str(list(shape_of(text))))
+    return module._parameters.pop(name)  # type: ignore[return-value]
+
+
+def _register(module: nn.Module, name: str, entry: Entry, device: torch.device) -> tuple[str, ...]:
+    """Empty parts; their names."""
     parts = weight.layout(entry)
     for part in parts:
-        empty = torch.empty(part.shape, dtype=getattr(torch, str(part.dtype)), device=dense.device)
+        empty = torch.empty(part.shape, dtype=getattr(torch, str(part.dtype)), device=device)
         module.register_parameter(f"{name}_{part.name}", nn.Parameter(empty, requires_grad=False))
-    info = Info(spec(entry), tuple(f"{name}_{part.name}" for part in parts), dense.dtype)
+    return tuple(f"{name}_{part.name}" for part in parts)
+
+
+def _describe(module: nn.Module, name: str, info: Info) -> None:
+    simple = len(shape_of(info.spec)) == 2 and not entry_of(info.spec).transposed
+    module.__class__ = _class(type(module), name, simple)
     module.packed = {**getattr(module, "packed", {}), name: info}  # type: ignore[assignment]
 
 
@@ -108,8 +144,10 @@ def _class(kind: type[nn.Module], name: str, simple: bool) -> type[nn.Module]:
 
 
 def unpack(module: Packed) -> None:
-    """Undo :func:`pack`: the decoded weights as ordinary parameters, in the dtypes that they showed."""
-    dense = {name: getattr(module, name).decode() for name in module.packed}
+    """Undo :func:`pack` and :func:`share`: the decoded weights as ordinary parameters, in the dtypes that they showed.
+    What a module holds for others is gone, so that these come first.
+    """
+    dense = {name: getattr(module, name).decode() for name, info in module.packed.items() if info.own}
     for part in module.part_names():
         del module._parameters[part]
     module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, Packed))
@@ -144,7 +182,8 @@ def linear(packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype 
     """A linear layer on the parts of a packed matrix, which are not copied; ``dtype`` is what its weight shows."""
     rows, cols = packed.shape
     layer = nn.Linear(cols, rows, bias=False, device="meta", dtype=dtype)
-    pack(layer, "weight", packed.entry)
+    whole = msgspec.structs.replace(packed.entry, concat=())
+    pack(layer, "weight", whole if packed.rows is None else packed.entry, packed.rows)
     for name, part in tensors(packed.parts).items():
         setattr(layer, f"weight_{name}", nn.Parameter(part, requires_grad=False))
     layer.bias = None if bias is None else nn.Parameter(bias)

@@ -12,10 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qformat.errors import UnsupportedError
 
-from .prepared import Prepared, entry_of, features, names_of, one_of, prepared
+from .prepared import (
+    Prepared,
+    entry_of,
+    features,
+    names_of,
+    one_of,
+    pieces_of,
+    prepared,
+    rows_of,
+    shape_of,
+    state_of,
+    whole_of,
+)
 
 LIBRARY = torch.library.Library("qformat", "FRAGMENT")  # the operators live as long as this does
 ACTIVATIONS = ("float",)  # how activations may enter a product
@@ -29,11 +43,16 @@ def check_activations(word: str) -> None:
 
 def linear(x: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
     """[..., in] times the transposed matrix: [..., out] in the dtype of x."""
+    if (rows := rows_of(spec)) is not None:
+        return _rows_of_product(x, parts, whole_of(spec), rows)
     return _product(Prepared.linear, x, parts, spec, *features(spec))
 
 
 def linear_transposed(y: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
     """[..., out] times the matrix: [..., in] in the dtype of y. The derivative of :func:`linear`."""
+    if (rows := rows_of(spec)) is not None:
+        spec = whole_of(spec)
+        y = functional.pad(y, (rows[0], features(spec)[0] - rows[1]))
     return _product(Prepared.linear_transposed, y, parts, spec, *reversed(features(spec)))
 
 
@@ -45,6 +64,28 @@ def _product(call: Any, x: Tensor, parts: Sequence[Tensor], spec: str, out: int,
     return y.to(x.dtype).reshape(*x.shape[:-1], out).contiguous()
 
 
+# input -> what a product with it was made of, and those of its rows that were not yet asked for
+_products: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _rows_of_product(x: Tensor, parts: Sequence[Tensor], whole: str, rows: tuple[int, int]) -> Tensor:
+    """Columns ``rows`` of the product with a whole of which several weights are rows.
+
+    They are asked for one after the other with the same input: the whole product is made for the first of them, and
+    each takes its own out once, so that nothing is found that was made of what has changed since.
+    """
+    made_of = whole, state_of([x, *parts])
+    found = _products.get(x)
+    mine: Tensor | None = found[1].pop(rows, None) if found is not None and found[0] == made_of else None
+    if mine is None:
+        y = linear(x, parts, whole)
+        every = {each: y[..., slice(*each)].clone(memory_format=torch.contiguous_format) for each in pieces_of(whole)}
+        mine = every.pop(rows)
+        if not x.is_inference():  # which do not tell that they were written to
+            _products[x] = made_of, every
+    return mine
+
+
 def embedding(rows: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
     """The given rows of the matrix, integers [...]: float32 [..., in]."""
     out, into = features(spec)
@@ -54,11 +95,15 @@ def embedding(rows: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
     # on other devices to look at the numbers would be to wait for them
     if rows.device.type == "cpu" and not 0 <= int(flat.min()) <= int(flat.max()) < out:
         raise IndexError(f"rows from 0 to {out - 1} expected, {int(flat.min())} to {int(flat.max())} found")
+    if (cut := rows_of(spec)) is not None:
+        flat, spec = flat + cut[0], whole_of(spec)
     return prepared(parts, spec).take(flat).reshape(*rows.shape, into).contiguous()
 
 
 def dequantize(parts: Sequence[Tensor], spec: str) -> Tensor:
     """The whole weight as the model holds it, float32."""
+    if (rows := rows_of(spec)) is not None:
+        return dequantize(parts, whole_of(spec))[slice(*rows)].clone()
     entry = entry_of(spec)
     if not entry.stack:
         return prepared(parts, spec).decode()
@@ -90,7 +135,7 @@ def _embedding_shape(rows: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor
 
 
 def _dequantize_shape(parts: Sequence[Tensor], spec: str) -> Tensor:
-    return parts[0].new_empty(entry_of(spec).shape, dtype=torch.float32)
+    return parts[0].new_empty(shape_of(spec), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor], str], output: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,17 +25,54 @@ from .matrix import Matrix, Sum, matrix
 ROWS_AT_A_TIME = 4096  # of an embedding whose output side is rotated
 
 
-def spec(entry: Entry) -> str:
-    """What the operators need to know of a weight, as one text; equal for all weights that are packed alike."""
+def spec(entry: Entry, rows: tuple[int, int] | None = None) -> str:
+    """What the operators need to know of a weight, as one text; equal for all weights that are packed alike. ``rows``:
+    the weight is these rows, first and end, of what ``entry`` says.
+    """
     record = {**write_record(entry), "weights": ["weight"]}
     record.pop("label", None)
+    if entry.concat:
+        record["concat"] = [{"weights": ["weight"], "rows": piece.rows} for piece in entry.concat]
+    if rows is not None:
+        record["rows"] = rows
     return json.dumps(record, separators=(",", ":"), sort_keys=True)
 
 
 @functools.cache
+def _read(text: str) -> tuple[Entry, tuple[int, int] | None]:
+    record = json.loads(text)
+    rows = record.pop("rows", None)
+    return read_record(Entry, record), rows and (rows[0], rows[1])
+
+
 def entry_of(text: str) -> Entry:
-    """The inverse of :func:`spec`."""
-    return read_record(Entry, json.loads(text))
+    """The entry of :func:`spec`."""
+    return _read(text)[0]
+
+
+def rows_of(text: str) -> tuple[int, int] | None:
+    """The rows of :func:`spec`."""
+    return _read(text)[1]
+
+
+@functools.cache
+def whole_of(text: str) -> str:
+    """The spec of rows -> that of what they are rows of."""
+    return spec(entry_of(text))
+
+
+@functools.cache
+def pieces_of(text: str) -> list[tuple[int, int]]:
+    """First row and end of each weight that lies in this one."""
+    ends = list(itertools.accumulate(piece.rows for piece in entry_of(text).concat))
+    return list(zip([0, *ends], ends, strict=False))
+
+
+@functools.cache
+def shape_of(text: str) -> tuple[int, ...]:
+    """The weight's shape, as the model has it."""
+    shape, rows = entry_of(text).shape, rows_of(text)
+    return shape if rows is None else (rows[1] - rows[0], *shape[1:])
 
 
 @functools.cache
@@ -42,7 +80,9 @@ def one_of(text: str) -> str:
     """The spec of a stack's matrices -> that of each."""
     entry = entry_of(text)
     stored = entry.stored_shape and entry.stored_shape[entry.stack :]
-    return spec(msgspec.structs.replace(entry, shape=entry.shape[entry.stack :], stored_shape=stored, stack=0))
+    return spec(
+        msgspec.structs.replace(entry, shape=entry.shape[entry.stack :], stored_shape=stored, stack=0, concat=())
+    )
 
 
 @functools.cache
@@ -55,7 +95,7 @@ def names_of(text: str) -> tuple[str, ...]:
 def features(text: str) -> tuple[int, int]:
     """Rows and columns of the matrix as codecs see it, without padding: what a linear layer calls out and in."""
     entry = entry_of(text)
-    rows, *rest = entry.shape[entry.stack :]
+    rows, *rest = shape_of(text)[entry.stack :]
     cols = math.prod(rest)
     return (cols, rows) if entry.transposed else (rows, cols)
 
@@ -155,7 +195,7 @@ _stacks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def prepared(parts: Sequence[Tensor], text: str) -> Prepared:
     """Made once for as long as the parts stay where and what they are."""
-    state = text, _state(parts)
+    state = text, state_of(parts)
     found = _known.get(parts[0])
     if found is None or found[0] != state:
         found = state, Prepared(text, dict(zip(names_of(text), parts, strict=True)))
@@ -166,7 +206,7 @@ def prepared(parts: Sequence[Tensor], text: str) -> Prepared:
 
 def one_of_stack(parts: Sequence[Tensor], index: int) -> list[Tensor]:
     """The parts of a matrix of a stack: the same tensors every time, for :func:`prepared` to know them again."""
-    state = _state(parts)
+    state = state_of(parts)
     found = _stacks.get(parts[0])
     if found is None or found[0] != state:
         found = state, {}
@@ -176,5 +216,5 @@ def one_of_stack(parts: Sequence[Tensor], index: int) -> list[Tensor]:
     return views
 
 
-def _state(parts: Sequence[Tensor]) -> list[tuple[int, int]]:
+def state_of(parts: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from qformat.errors import UnsupportedError
 
 from . import ops
-from .prepared import entry_of, one_of, one_of_stack
+from .prepared import entry_of, one_of, one_of_stack, rows_of, shape_of
 
 
 class PackedTensor(Tensor):
@@ -28,7 +28,7 @@ class PackedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, parts: Sequence[Tensor], spec: str, dtype: torch.dtype) -> Self:
-        shape, device = entry_of(spec).shape, parts[0].device
+        shape, device = shape_of(spec), parts[0].device
         out: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         out.parts, out.spec = parts, spec
         return out
@@ -97,7 +97,7 @@ def _embedding(input: Tensor, weight: Any, padding_idx: object = None, max_norm:
 
 def _getitem(self: Any, index: Any) -> Any:
     whole = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point())
-    if not isinstance(self, PackedTensor) or not whole or entry_of(self.spec).stack != 1:
+    if not isinstance(self, PackedTensor) or not whole or entry_of(self.spec).stack != 1 or rows_of(self.spec):
         return NotImplemented
     return PackedTensor(one_of_stack(self.parts, int(index)), one_of(self.spec), self.dtype)
 
@@ -122,6 +122,8 @@ _PACKED: dict[Any, Callable[..., Any]] = {
 def _is_matrix(weight: Any, transposed: bool) -> bool:
     """Whether a product with the weight is one with the matrix that its codec sees."""
     if not isinstance(weight, PackedTensor) or weight.ndim != 2:
+        return False
+    if transposed and rows_of(weight.spec):  # columns, of what the codec sees
         return False
     return entry_of(weight.spec).transposed == transposed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import os
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from qformat import codecs
 from qformat.errors import DamagedError, UnsupportedError
 from qformat.runtime.pytorch import matrix, modules, ops
 from qformat.runtime.pytorch.modules import QEmbedding, QLinear
-from qformat.runtime.pytorch.prepared import _known, prepared, spec
+from qformat.runtime.pytorch.prepared import Prepared, _known, prepared, spec
 from qformat.runtime.pytorch.tensor import PackedTensor
 from qformat.weight import PackedWeight
 
@@ -38,6 +39,9 @@ FULL = {
     "in": {"size": 4, "matrix": "float32", "perm": "int32"},
     "out": {"size": 2, "perm": "int32", "scale": "bfloat16"},
 }
+
+# of which the second is taken
+PIECES = [{"weights": [name], "rows": rows} for name, rows in (("q", 11), ("k", 21), ("v", 5))]
 
 CASES = {
     "int": making.entry((48, 96), INT),
@@ -63,20 +67,25 @@ CASES = {
     "sum-outside": making.entry((32, 64), {**INT, "outside": True}, HASH, rotation=TURN),
     "sum-outside-of-none": making.entry((32, 64), {**INT, "outside": True}, NF4, sum_dtype="bfloat16"),
     "transposed": making.entry((64, 32), INT, transposed=True),
+    "rows": making.entry((37, 45), ODD, concat=PIECES),
+    "rows-turned": making.entry((37, 90), HASH, stored_shape=[48, 96], rotation=TURN, concat=PIECES),
 }
 SHAPES = {  # what only `dequantize` has to hold
     "stack": making.entry((3, 20, 32), INT, stack=1),
     "stack-transposed": making.entry((2, 3, 30, 17), HASH, stack=2, transposed=True, stored_shape=[2, 3, 32, 32]),
     "convolution": making.entry((6, 4, 3, 3), {**INT, "block": [1, 9]}),
+    "rows-transposed": making.entry((37, 32), INT, transposed=True, concat=PIECES),
+    "rows-of-a-stack": making.entry((37, 4, 32), INT, stack=1, concat=PIECES),
 }
 
 
 def made(name: str) -> PackedWeight:
-    return making.packed(np.random.default_rng(len(name)), (CASES | SHAPES)[name])
+    weight = making.packed(np.random.default_rng(len(name)), (CASES | SHAPES)[name])
+    return dataclasses.replace(weight, rows=(11, 32)) if weight.entry.concat else weight
 
 
 def arguments(weight: PackedWeight) -> tuple[list[Tensor], str]:
-    return list(modules.tensors(weight.parts).values()), spec(weight.entry)
+    return list(modules.tensors(weight.parts).values()), spec(weight.entry, weight.rows)
 
 
 def as_codecs_see_it(weight: PackedWeight) -> Tensor:
@@ -159,15 +168,51 @@ def test_derivative(name: str, kernels: None) -> None:
     assert rms(x.grad - y.double() @ dense.double()) <= 1e-6 * rms(x.grad)
 
 
-def test_operators_are_what_torch_expects() -> None:
-    rest = arguments(made("trellis-turned"))  # padded too
+@pytest.mark.parametrize("name", ["trellis-turned", "rows-turned"])  # padded too
+def test_operators_are_what_torch_expects(name: str) -> None:
+    weight = made(name)
+    rest = arguments(weight)
     torch.library.opcheck(ops.linear_op, (normal(2, 3, 90).requires_grad_(), *rest))
     for op, args in (
-        (torch.ops.qformat.linear_transposed.default, (normal(4, 37), *rest)),
+        (torch.ops.qformat.linear_transposed.default, (normal(4, weight.shape[0]), *rest)),
         (ops.embedding_op, (torch.tensor([[1, 2]]), *rest)),
         (ops.dequantize_op, rest),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_rows_of_a_product_that_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the input is the same and unchanged; each takes its own once."""
+    made_of: list[Tensor] = []
+    product = Prepared.linear
+    monkeypatch.setattr(Prepared, "linear", lambda self, x: made_of.append(x) or product(self, x))
+    weight = made("rows-turned")
+    parts = list(modules.tensors(weight.parts).values())
+    text = spec(weight.entry)
+    each = [spec(weight.entry, rows) for rows in ((0, 11), (11, 32), (32, 37))]
+    x = normal(3, 90).requires_grad_()
+    found = [ops.linear_op(x, parts, one) for one in each]
+    assert len(made_of) == 1 and torch.equal(torch.cat(found, dim=1), ops.linear_op(x, parts, text))
+    made_of.clear()
+    ops.linear_op(x, parts, each[0])
+    assert torch.equal(ops.linear_op(x, parts, each[0]), found[0]) and len(made_of) == 2
+    with torch.no_grad():
+        x.mul_(2)
+    assert torch.allclose(ops.linear_op(x, parts, each[1]), 2 * found[1], rtol=1e-4) and len(made_of) == 3
+    with torch.inference_mode():  # whose tensors do not tell that they were written to
+        x = x * 1
+        y = ops.linear_op(x, parts, each[0])
+        assert torch.equal(ops.linear_op(x.zero_(), parts, each[1]), torch.zeros(3, 21)) and y.any()
+
+
+def test_rows_are_gone_with_the_input() -> None:
+    parts, text = arguments(made("rows"))
+    x = normal(3, 45)
+    ops.linear_op(x, parts, text)
+    before = len(ops._products)
+    del x
+    gc.collect()
+    assert len(ops._products) == before - 1
 
 
 def test_shapes_and_strides_of_activations() -> None:
