@@ -55,7 +55,8 @@ def _scales(source: Checkpoint, item: Item, experts: int, shape: tuple[int, int]
         return numbers.reshape(-1, 1, 1), shape
     if numbers.size == experts * out:
         return numbers.reshape(experts, out, 1), (1, cols)
-    return numbers.reshape(experts, out, -1), (1, GROUP)
+    grid = numbers.reshape(experts, *stored.shape[-2:])
+    return grid.swapaxes(1, 2) if transposed and grid.shape[2] == out else grid, (1, GROUP)
 
 
 def _tiles(source: Checkpoint) -> Iterator[tuple[int, int]]:

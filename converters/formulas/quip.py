@@ -31,23 +31,36 @@ def rows(source: Checkpoint, item: Item, start: int, stop: int) -> Array:
         return codes.reshape(len(here), -1).astype(np.float32) - np.float32(7.5)
     if book == "E8P12":
         return _looked_up("e8p", _e8p(here))
-    width = here.shape[1] * 2 // 3 if book == "E8P12RVQ3B" else here.shape[1] // 2
-    base, rest = _looked_up("e8p", _e8p(here[:, :width])), np.ascontiguousarray(here[:, width:])
-    residual = _looked_up("e81b", rest.view(np.uint8)) if book == "E8P12RVQ3B" else _looked_up("e8p", _e8p(rest))
     override = settings.get("resid_scale_override") or 0
-    divisor = np.float32(override if override > 0 else RESIDUAL[book])
-    return (base.astype(np.float16) + (residual / divisor).astype(np.float16)).astype(np.float32)
+    divisor = override if override > 0 else RESIDUAL[book]
+    if book == "E8P12RVQ4B":
+        base, rest = np.split(here, 2, axis=1)
+        residual = _looked_up("e8p", _e8p(rest), divisor)
+    else:
+        base, rest = np.split(here, [here.shape[1] * 2 // 3], axis=1)
+        residual = _looked_up("e81b", np.ascontiguousarray(rest).view(np.uint8), divisor)
+    return (_looked_up("e8p", _e8p(base)) + residual).astype(np.float16).astype(np.float32)
+
+
+def _looked_up(book: str, codes: Array, divisor: float = 1) -> Array:
+    return _points(book, divisor)[codes].reshape(len(codes), -1)
 
 
 @functools.cache
+def _points(book: str, divisor: float) -> Array:
+    """The points of all codes, divided in float32 and rounded to float16: float32 [codes, values]."""
+    points = _grid() if book == "e8p" else tables.named(book).astype(np.float32)
+    return (points / np.float32(divisor)).astype(np.float16).astype(np.float32)
+
+
 def _grid() -> Array:
-    """``get_full_grid``: the points of all codes, float16 [65536, 8]."""
+    """``get_full_grid``: float32 [65536, 8]."""
     code = np.arange(1 << 16)
     parity = (np.bitwise_count(code & 255) & 1)[:, None]
     flipped = ((code & 255)[:, None] ^ parity) >> np.array([0, 4, 1, 5, 2, 6, 3, 7]) & 1
     pattern = tables.named("e8p").astype(np.float32)[code >> 8]
-    points: Array = np.where(flipped, -pattern, pattern) + np.where(parity, -0.25, 0.25)
-    return points.astype(np.float16)
+    points: Array = np.where(flipped, -pattern, pattern) + np.where(parity, np.float32(-0.25), np.float32(0.25))
+    return points
 
 
 def _e8p(words: Array) -> Array:
@@ -62,8 +75,3 @@ def _e8p(words: Array) -> Array:
         for j in range(8):
             codes[i // 2, i % 2] |= (signs >> np.uint32(4 * j + i) & 1) << j
     return codes.transpose(2, 4, 1, 3, 5, 0).reshape(len(words), -1)
-
-
-def _looked_up(grid: str, codes: Array) -> Array:
-    points = _grid() if grid == "e8p" else tables.named(grid)
-    return points[codes].reshape(len(codes), -1).astype(np.float32)
