@@ -194,6 +194,7 @@ def exponents(*shape: int) -> Array:
         ((150, 96), exponents(2, 1).view(ml_dtypes.float8_e8m0fnu), {"weight_block_size": [128, 128]}, {}),
         ((2, 40, 150), normal(2, 1, 150, dtype=np.float32), {}, {"model_type": "llama4_text"}),
         ((2, 40, 150), normal(2, 150, 1, dtype=np.float32), {}, {"model_type": "llama4_text"}),
+        ((2, 96, 150), exponents(2, 3, 150), {}, {"model_type": "llama4_text"}),
         (
             (2, 40, 150),
             normal(2, 2, 3, dtype=np.float32),

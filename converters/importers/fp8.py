@@ -170,6 +170,8 @@ def _layer(source: Checkpoint, name: str, tiles: set[tuple[int, int]]) -> Layer:
     transposed = fused and roles.part_of(source.config, name).get("model_type") in TRANSPOSED_EXPERTS
     (scale,) = scales.values()
     layer = Layer(source, name, tensor, transposed, scale, (-1, -1), _partners(source, name, ACTIVATIONS))
+    if transposed and layer.format == "e2m1":
+        raise UnsupportedError("FP8 where inputs come first", "int8: pairs of FP4 numbers", file=file, weight=name)
     return Layer(source, name, tensor, transposed, scale, _block(layer, tiles), layer.activations)
 
 
@@ -183,7 +185,7 @@ def _block(layer: Layer, tiles: set[tuple[int, int]]) -> tuple[int, int]:
     places = {(-1, -1): [(), (1,), lead, (*lead, 1, 1)], (1, -1): [(*lead, rows), (*lead, rows, 1), (*lead, 1, rows)]}
     if not layer.transposed:
         places[1, -1].pop()
-    groups = [(*lead, *blocks.grid((1, GROUP), (rows, cols)))]
+    groups = [_oriented(layer, blocks.grid((1, GROUP), (rows, cols)))]
     if layer.format == "e2m1":
         places = {(1, GROUP): groups}
     elif tiles:

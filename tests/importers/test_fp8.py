@@ -142,6 +142,25 @@ def test_llama4_holds_inputs_first(tmp_path: Path, shape: tuple[int, ...]) -> No
     assert np.array_equal(foreign.decoded(plan)[EXPERTS], wanted)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float8_e8m0fnu"])
+@pytest.mark.parametrize("inputs", [96, 40])
+def test_groups_of_inputs_first(tmp_path: Path, dtype: str, inputs: int) -> None:
+    """Scales lie as their weight does: [experts, in / 32, out]."""
+    weight, scale = codes((2, inputs, 6)), scales((2, -(-inputs // 32), 6), dtype)
+    tensors = {EXPERTS: weight, f"{EXPERTS}_scale": scale}
+    found = decoded(write(tmp_path / "source", tensors, model_type="llama4_text"))[EXPERTS]
+    assert np.array_equal(found, weight.astype(np.float32) * np.repeat(numbers(scale), 32, axis=1)[:, :inputs])
+    tensors[f"{EXPERTS}_scale"] = np.ascontiguousarray(scale.swapaxes(1, 2))
+    with pytest.raises(DamagedError, match=r"scales of shape .* found"):
+        decoded(write(tmp_path / "outputs_first", tensors, model_type="llama4_text"))
+
+
+def test_fp4_of_inputs_first_is_refused(tmp_path: Path) -> None:
+    tensors = {EXPERTS: np.ones((2, 32, 6), np.int8), f"{EXPERTS}_scale": scales((2, 1, 6), "uint8")}
+    with pytest.raises(UnsupportedError, match="experts.gate_up_proj: expected FP8 where inputs come first"):
+        decoded(write(tmp_path, tensors, model_type="llama4_text"))
+
+
 def test_activation_scales_stand_in_the_manifest_alone(tmp_path: Path) -> None:
     tensors = {
         f"{MODULE}.weight": codes((4, 8)),
