@@ -38,15 +38,17 @@ def convert(
     target = Path(target)
     try:
         exported = exporter.plan(plan, dtype)
-        write(opened, exported, target, coverage, packed=exporter.PACKED, overwrite=overwrite, progress=progress)
+        packed = exporter.PACKED
+        kept = write(opened, exported, target, coverage, packed=packed, overwrite=overwrite, progress=progress)
     except QformatError as error:
         raise error.located(file=opened.path) from None
     return {
-        **(summary(checkpoint.open(target)) if exporter.PACKED else inspect(target)),
+        **(summary(checkpoint.open(target)) if packed else inspect(target)),
         "coverage": coverage,
         "from": found,
         "because": reason,
         "notes": list(exported.notes),
         "files": files,
+        "resumed": kept,
         "seconds": timed(started),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from qformat.checkpoint import KEY, Checkpoint
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UsageError
 from qformat.shards import ShardWriter, Spec
-from qformat.staging import staged
+from qformat.staging import Journal, staged
 
 from .plan import Item, Plan
 
@@ -38,38 +40,63 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> int:
     """Write ``plan``, made from ``source``, to the folder ``target``; ``coverage`` is what :func:`account` said of
-    the import.
+    the import. The bytes depend on nothing else, and on no number of threads.
 
-    ``packed``: with a manifest. Raises :class:`UsageError` where the target exists and ``overwrite`` is not given, or
-    where the source lies in it.
+    ``packed``: with a manifest. Returns how many items an interrupted run of the same job had left finished, see
+    :mod:`qformat.staging`. Raises :class:`UsageError` where the target exists and ``overwrite`` is not given, or where
+    the source lies in it.
     """
     if target.resolve() in source.path.resolve().parents:
         raise UsageError("a target that does not hold the source", str(source.path), file=target)
-    items = sorted(plan.items, key=lambda item: names.natural(item.name))
-    with staged(target, overwrite) as folder:
-        shards = _split(items, shard_bytes)
-        metadata = {"format": "pt"}
+    shards = _split(sorted(plan.items, key=lambda item: names.natural(item.name)), shard_bytes)
+    specs = [_specs(shard) for shard in shards]
+    config = _config(plan, coverage, packed, sources.origin(source.path))
+    done = _Counter(source, progress)
+    with staged(target, overwrite, _job(source, plan, specs, config)) as (folder, journal):
+        weight_map: dict[str, str] = {}
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            weight_map, total = {}, 0
-            done = _Counter(source, progress)
-            for number, shard in enumerate(shards, 1):
-                name = files.SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-                specs = _specs(shard)
-                with ShardWriter(folder / name, specs, metadata) as out:
-                    for item, tensors in _made(pool, shard):
-                        for tensor, array in tensors.items():
-                            out.put(tensor, array)
-                        done(item)
-                weight_map |= dict.fromkeys(specs, name)
-                total += sum(one.nbytes for one in specs.values())
+            for number, shard in enumerate(shards):
+                name = files.SINGLE if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+                _write_shard(pool, folder / name, shard, specs[number], journal, done)
+                weight_map |= dict.fromkeys(specs[number], name)
         if len(shards) > 1:
+            total = sum(one.nbytes for shard in specs for one in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / files.INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-        _write_config(folder, plan, coverage, packed, sources.origin(source.path))
+        (folder / files.CONFIG).write_text(config, encoding="utf-8")
         if source.path.is_dir():
             _copy(source, folder)
+    return done.kept
+
+
+def _job(source: Checkpoint, plan: Plan, specs: Sequence[Mapping[str, Spec]], config: str) -> str:
+    """All that the result depends on, as a checksum: the files that are read, how they were understood, what is to be
+    written and by which version.
+    """
+    read = sorted({*source.weight_files, *source.path.glob("*.json")})
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    facts = [qformat.__version__, str(source.path.resolve()), found, plan.scheme, list(map(dict, specs)), config]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _write_shard(
+    pool: ThreadPoolExecutor,
+    path: Path,
+    shard: Sequence[Item],
+    specs: Mapping[str, Spec],
+    journal: Journal,
+    done: _Counter,
+) -> None:
+    """One file; items of an interrupted run that are in it stay."""
+    with ShardWriter(path, specs, {"format": "pt"}, journal.done) as out:
+        missing = [item for item in shard if not out.missing.isdisjoint(item.specs)]
+        done.keep(item for item in shard if out.missing.isdisjoint(item.specs))
+        with contextlib.closing(_made(pool, missing)) as made:
+            for item, tensors in made:
+                journal.note({tensor: out.put(tensor, array) for tensor, array in tensors.items()})
+                done(item)
 
 
 def account(source: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -136,19 +163,28 @@ def _made(pool: ThreadPoolExecutor, items: Iterable[Item]) -> Iterator[tuple[Ite
 
 
 class _Counter:
-    """Calls ``progress`` with the source bytes behind the finished items."""
+    """Calls ``progress`` with the source bytes behind the finished items; counts those that were ``kept``."""
 
     def __init__(self, source: Checkpoint, progress: Progress | None) -> None:
-        self._source, self._progress, self._done = source, progress, 0
+        self._source, self._progress, self._done, self.kept = source, progress, 0, 0
         self._total = sum(tensor.nbytes for tensor in source.tensors.values())
 
+    def keep(self, items: Iterable[Item]) -> None:
+        for item in items:
+            self.kept += 1
+            self._done += self._nbytes(item)
+
+    def _nbytes(self, item: Item) -> int:
+        return sum(self._source.tensors[name].nbytes for name in item.consumes)
+
     def __call__(self, item: Item) -> None:
-        self._done += sum(self._source.tensors[name].nbytes for name in item.consumes)
+        self._done += self._nbytes(item)
         if self._progress is not None:
             self._progress(self._done, self._total, item.name)
 
 
-def _write_config(folder: Path, plan: Plan, coverage: Mapping[str, Any], packed: bool, origin: str) -> None:
+def _config(plan: Plan, coverage: Mapping[str, Any], packed: bool, origin: str) -> str:
+    """The text of config.json."""
     config = dict(plan.config)
     if packed:
         provenance = {"tool": f"qformat {qformat.__version__}", "scheme": plan.scheme, "source": coverage}
@@ -167,7 +203,7 @@ def _write_config(folder: Path, plan: Plan, coverage: Mapping[str, Any], packed:
                 extra=plan.extra,
             )
         )
-    (folder / files.CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _copy(source: Checkpoint, folder: Path) -> None:

@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -179,12 +179,20 @@ def spec(dtype: str, shape: Iterable[int]) -> Spec:
 
 class ShardWriter:
     """Writes one file whose tensors are known beforehand, in any order, at their final place; nothing is held in
-    memory.
+    memory. ``missing`` are those still to be put.
+
+    ``done``: checksums of tensors that an earlier writer of the same file has put; those whose bytes have it are kept.
 
     A context manager: leaving it without an error completes the header, and fails where a tensor was never put.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, Spec],
+        metadata: Mapping[str, str],
+        done: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.path = path
         self._specs, self._metadata = dict(specs), dict(metadata)
         self._checksums = dict.fromkeys(specs, "0" * 32)  # of their final length, so that the header's is too
@@ -194,9 +202,11 @@ class ShardWriter:
         for name in order:
             self._offsets[name], at = at, at + specs[name].nbytes
         self._data_start = len(self._header())
-        self._missing = set(specs)
-        self._file = open(path, "wb")
+        self._file = open(path, "r+b" if done and path.exists() else "w+b")
         self._file.truncate(self._data_start + at)
+        for name in specs.keys() & done.keys():
+            self._checksums[name] = self._written(name)
+        self.missing = {name for name in specs if self._checksums[name] != done.get(name)}
 
     def _header(self) -> bytes:
         sums = {name: self._checksums[name] for name in sorted(self._checksums, key=natural)}
@@ -210,14 +220,21 @@ class ShardWriter:
         text += b" " * (-(8 + len(text)) % ALIGN)
         return len(text).to_bytes(8, "little") + text
 
-    def put(self, name: str, data: Array) -> None:
-        """Write a tensor, given as its array or as raw uint8 bytes of the same length."""
+    def _written(self, name: str) -> str:
+        """The checksum of the bytes at a tensor's place."""
+        self._file.seek(self._data_start + self._offsets[name])
+        return checksum(np.fromfile(self._file, np.uint8, self._specs[name].nbytes))
+
+    def put(self, name: str, data: Array) -> str:
+        """Write a tensor, given as its array or as raw uint8 bytes of the same length; its checksum."""
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        assert name in self._missing and raw.nbytes == self._specs[name].nbytes, (name, raw.nbytes, self._specs[name])
+        assert raw.nbytes == self._specs[name].nbytes, (name, raw.nbytes, self._specs[name])
         self._file.seek(self._data_start + self._offsets[name])
         self._file.write(raw.data)
+        self._file.flush()  # to the system, where it outlives this process
         self._checksums[name] = checksum(raw)
-        self._missing.discard(name)
+        self.missing.discard(name)
+        return self._checksums[name]
 
     def __enter__(self) -> Self:
         return self
@@ -227,6 +244,6 @@ class ShardWriter:
     ) -> None:
         with self._file:
             if kind is None:
-                assert not self._missing, sorted(self._missing)[:3]
+                assert not self.missing, sorted(self.missing)[:3]
                 self._file.seek(0)
                 self._file.write(self._header())

@@ -107,7 +107,7 @@ def life(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_quantize_reports_what_inspect_reports(life: Life) -> None:
     found = qformat("inspect", life.packed, "--json").json
     keys = {"format", "stored_bits", "bytes", "weights", "coverage", "notes", "files"}
-    assert found.keys() == keys and life.report.keys() == keys | {"seconds", "terms", "rotate"}
+    assert found.keys() == keys and life.report.keys() == keys | {"seconds", "resumed", "terms", "rotate"}
     for key in ("format", "stored_bits", "bytes", "weights", "coverage"):
         assert found[key] == life.report[key]
     assert found["format"] == "qformat"
@@ -299,15 +299,15 @@ def test_a_failure_at_the_end_leaves_the_old(
     before, rename = state(target), Path.rename
 
     def refuse(self: Path, to: Path) -> Path:
-        if self.name.endswith(".partial"):
+        if self.name == "model":
             raise OSError(28, "No space left on device", str(self))
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", refuse)
     done = command("quantize", dense, target, "--codec", "int", "--bits", "2", "--overwrite")
     check_failure(done, 5)
-    assert "No space left on device" in done.err
-    assert state(target) == before and sorted(os.listdir(tmp_path)) == ["dense", "q"]
+    assert "No space left on device" in done.err and "to go on" in done.err
+    assert state(target) == before and sorted(os.listdir(tmp_path)) == [".q.partial", "dense", "q"]
 
 
 def test_an_interrupt_leaves_the_old(
@@ -324,8 +324,9 @@ def test_an_interrupt_leaves_the_old(
     monkeypatch.setattr(write, "_copy", interrupted)
     done = command("convert", packed_path, tmp_path / "d", "--to", "dense", "--json")
     check_failure(done, 75)
-    assert done.json["error"]["hint"] == "run the same command again"
-    assert sorted(os.listdir(tmp_path)) == ["dense", "q"]
+    left = tmp_path / ".d.partial"
+    assert done.json["error"]["hint"] == f"run the same command again to go on; to give up delete {left}"
+    assert sorted(os.listdir(tmp_path)) == [".d.partial", "dense", "q"]
 
 
 def test_a_model_can_replace_itself(dense: Path, tmp_path: Path, command: Command) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ def main() -> None:
     from . import run
     from .commands import app
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt: exit 75, and nothing lost
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when the Hub's client is imported

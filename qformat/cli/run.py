@@ -34,8 +34,9 @@ def command(work: Callable[[], Report], show: str, as_json: bool, debug: bool) -
     """
     try:
         report = work()
-    except KeyboardInterrupt:
-        fail(InterruptedJob("an uninterrupted run", "an interrupt", hint="run the same command again"), as_json, debug)
+    except KeyboardInterrupt as interrupt:
+        hint = str(interrupt) or "run the same command again"
+        fail(InterruptedJob("an uninterrupted run", "an interrupt", hint=hint), as_json, debug)
     except MemoryError:
         fail(SurroundingsError("enough memory", "less"), as_json, debug)
     except QformatError as error:

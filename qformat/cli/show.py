@@ -72,6 +72,8 @@ def _files(report: Report) -> None:
 
 def packed(report: Report) -> None:
     inspected(report)
+    if report["resumed"]:
+        _console().print(f"resumed: {report['resumed']} weights of an interrupted run were kept")
     _console().print(f"{report['seconds']:.1f} s")
 
 

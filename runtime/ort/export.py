@@ -63,7 +63,7 @@ def export(
         raise UnsupportedError(
             "weights stored one by one, for ONNX", "several of the model's weights in one", hint=hint, **where
         )
-    with staged(target, overwrite) as folder:
+    with staged(target, overwrite) as (folder, _):
         try:
             proto = graph(opened, dtype)
         except QformatError as error:
