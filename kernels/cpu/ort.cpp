@@ -49,9 +49,8 @@ template <class F> ort::Status* guarded(const F& body) {
   }
 }
 
-// Element type and dimensions of a tensor.
+// Dimensions of a tensor.
 struct Shape {
-  int32_t type;
   std::vector<int64_t> dims;
   int64_t count = 1;
 
@@ -60,7 +59,6 @@ struct Shape {
     check(call<ort::GetTypeAndShape>(65)(value, &info));
     std::unique_ptr<ort::TypeAndShape, ort::ReleaseTypeAndShape> owner(info, call<ort::ReleaseTypeAndShape>(99));
     size_t rank;
-    check(call<ort::GetElementType>(60)(info, &type));
     check(call<ort::GetDimensionsCount>(61)(info, &rank));
     dims.resize(rank);
     check(call<ort::GetDimensions>(62)(info, dims.data(), rank));
@@ -93,11 +91,9 @@ Crew crew_of(const ort::KernelContext* context) {
   };
 }
 
-enum Kind { linear, linear_half, embedding };
-constexpr int kinds = 3;
-const char* const stems[kinds] = {"Linear_", "Linear_", "Embedding_"};
-const int32_t in_types[kinds] = {ort::FLOAT, ort::FLOAT16, ort::INT64};
-const int32_t out_types[kinds] = {ort::FLOAT, ort::FLOAT16, ort::FLOAT};
+enum Kind { linear, embedding };
+constexpr int kinds = 2;
+const char* const stems[kinds] = {"Linear_", "Embedding_"};
 
 struct Op : ort::CustomOp {
   Kind kind;
@@ -117,41 +113,21 @@ void create(const Op& op, const ort::KernelInfo* info, void** out) {
   *out = new Kernel{op.kind, weight};
 }
 
-std::unique_ptr<float[]> widened(const uint16_t* x, int64_t n) {
-  std::unique_ptr<float[]> out(new float[n]);
-  for (int64_t i = 0; i < n; i++) out[i] = qf::from_half(x[i]);
-  return out;
-}
-
-void run_linear(const Kernel& k, const void* x, int64_t m, void* y) {
-  const qf_weight& w = *k.weight;
-  int32_t status;
-  if (k.kind == linear) {
-    status = qf_weight_linear(&w, (const float*)x, m, (float*)y, 0);
-  } else {
-    const auto wide = widened((const uint16_t*)x, m * w.cols);
-    std::unique_ptr<float[]> out(new float[m * w.rows]);
-    status = qf_weight_linear(&w, wide.get(), m, out.get(), 0);
-    for (int64_t i = 0; i < m * w.rows; i++) ((uint16_t*)y)[i] = qf::to_half(out[i]);
-  }
-  if (status != QF_OK) throw std::bad_alloc();
-}
-
-void run_embedding(const qf_weight& w, const int64_t* rows, int64_t n, float* out) {
+int32_t take(const qf_weight& w, const int64_t* rows, int64_t n, float* out) {
   std::vector<int64_t> wanted(rows, rows + n);
   for (int64_t& row : wanted) {
     row += row < 0 ? w.rows : 0;  // as Gather counts
     if (row < 0 || row >= w.rows)
       throw Error{status_of("qformat: expected rows below " + std::to_string(w.rows) + ", found " + std::to_string(row))};
   }
-  if (qf_weight_embedding(&w, wanted.data(), n, out, 0) != QF_OK) throw std::bad_alloc();
+  return qf_weight_embedding(&w, wanted.data(), n, out, 0);
 }
 
 void compute(const Kernel& k, ort::KernelContext* context) {
+  const qf_weight& w = *k.weight;
   const ort::Value* x;
   check(call<ort::GetInput>(90)(context, 0, &x));
   Shape shape(x);
-  const qf_weight& w = *k.weight;
   if (k.kind == embedding) {
     shape.dims.push_back(w.cols);
   } else {
@@ -164,10 +140,11 @@ void compute(const Kernel& k, ort::KernelContext* context) {
   if (shape.count == 0) return;
   const Crew crew = crew_of(context);
   const Borrowed here(crew);
-  if (k.kind == embedding)
-    run_embedding(w, (const int64_t*)data_of(x), shape.count, (float*)data_of(y));
-  else
-    run_linear(k, data_of(x), shape.count / w.cols, data_of(y));
+  float* out = (float*)data_of(y);
+  const void* in = data_of(x);
+  const int32_t status = k.kind == embedding ? take(w, (const int64_t*)in, shape.count, out)
+                                             : qf_weight_linear(&w, (const float*)in, shape.count / w.cols, out, 0);
+  if (status != QF_OK) throw std::bad_alloc();
 }
 
 Op made(Kind kind, int number) {
@@ -178,12 +155,14 @@ Op made(Kind kind, int number) {
   op.name = [](const ort::CustomOp* op) { return ((const Op*)op)->title.c_str(); };
   op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };  // the CPU's
   op.inputs = [](const ort::CustomOp*) { return size_t(2); };  // x, and the parts
-  op.input_type = [](const ort::CustomOp* op, size_t i) { return i ? 0 : in_types[((const Op*)op)->kind]; };
+  op.input_type = [](const ort::CustomOp* op, size_t i) {
+    return int32_t(i ? ort::ANY : ((const Op*)op)->kind == embedding ? ort::INT64 : ort::FLOAT);
+  };
   op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i ? 2 : 0; };
   op.variadic_inputs = [](const ort::CustomOp*) { return 1; };
   op.homogeneous_inputs = [](const ort::CustomOp*) { return 0; };
   op.outputs = [](const ort::CustomOp*) { return size_t(1); };
-  op.output_type = [](const ort::CustomOp* op, size_t) { return out_types[((const Op*)op)->kind]; };
+  op.output_type = [](const ort::CustomOp*, size_t) { return int32_t(ort::FLOAT); };
   op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
   op.memory_type = [](const ort::CustomOp*, size_t) { return 0; };
   op.first_version = op.last_version = [](const ort::CustomOp*) { return 1; };

@@ -17,7 +17,7 @@ struct TypeAndShape;
 constexpr uint32_t version = 17;  // of the interface, as it is asked for and as operators are described
 
 // Element types.
-enum : int32_t { FLOAT = 1, INT64 = 7, FLOAT16 = 10 };
+enum : int32_t { ANY = 0, FLOAT = 1, INT64 = 7 };
 
 // Places of functions in the table, and their types.
 typedef Status* (*CreateStatus)(int32_t code, const char* message);                                      // 0
@@ -29,7 +29,6 @@ typedef Status* (*GetData)(Value*, void** out);                                 
 typedef Status* (*GetElementType)(const TypeAndShape*, int32_t* out);                                    // 60
 typedef Status* (*GetDimensionsCount)(const TypeAndShape*, size_t* out);                                 // 61
 typedef Status* (*GetDimensions)(const TypeAndShape*, int64_t* out, size_t count);                       // 62
-typedef Status* (*GetElementCount)(const TypeAndShape*, size_t* out);                                    // 64
 typedef Status* (*GetTypeAndShape)(const Value*, TypeAndShape** out);                                    // 65
 typedef Status* (*GetAttribute)(const KernelInfo*, const char* name, char* out, size_t* size);           // 87
 typedef Status* (*GetInput)(const KernelContext*, size_t index, const Value** out);                      // 90

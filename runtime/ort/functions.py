@@ -27,13 +27,14 @@ from . import rotate
 from .body import OPSET, Body
 
 DOMAIN = "qformat"
+VERSION = 1  # of the domain: what the operators mean
 Kind = Literal["Linear", "Embedding"]
 
 
 def text(entry: Entry) -> str:
     """The entry as JSON, without what does not bear on values: weights that are packed alike have equal texts."""
     record = write_record(entry)
-    kept = {key: record[key] for key in sorted(record.keys() - {"weights", "label", "dtype"})}
+    kept = {key: record[key] for key in sorted(record.keys() - {"weights", "concat", "label", "dtype"})}
     return json.dumps(kept, separators=(",", ":"))
 
 
