@@ -20,7 +20,7 @@ from qformat.converters.importers import read
 from qformat.converters.plan import Item
 from qformat.dtypes import NUMPY, Array
 
-SCHEMES = re.compile("(aqlm|quip|qtip|yaqa|higgs|bnb|fp8|fbgemm-fp8|modelopt-fp8|ct-fp8|mxfp4)-")
+SCHEMES = re.compile("(gptq|awq|exl3|aqlm|quip|qtip|yaqa|higgs|bnb|fp8|fbgemm-fp8|modelopt-fp8|ct-fp8|mxfp4)-")
 LAYERS = foreign.DATA / "layers"
 CASES = sorted(case.name for case in LAYERS.iterdir() if SCHEMES.match(case.name))
 
@@ -60,6 +60,13 @@ def test_a_layer(case: str) -> None:
 @pytest.mark.parametrize(
     "case, codes, others",
     [
+        ("gptq-v1-b4-g32-actorder", "qweight", ["scales", "qzeros"]),
+        ("gptq-p-b6-g64-asym-planar", "qweight", ["scales", "qzeros"]),
+        ("gptq-marlin-b4-g128", "B", ["s"]),
+        ("awq-gemm-g128", "qweight", ["scales", "qzeros"]),
+        ("awq-gemv-g64", "qweight", ["scales"]),
+        ("awq-gemv-fast-g128", "qweight", ["scales", "qzeros"]),
+        ("exl3-3bpw-mcg", "trellis", []),
         ("aqlm-2x8-g8", "codes", ["codebooks", "scales"]),
         ("quip-e8p12", "Qidxs", []),
         ("quip-e8p12rvq3b", "Qidxs", []),
