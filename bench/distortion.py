@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from qformat.codecs import get, read_params
-from qformat.converters.quantize.weight import encoder
+from qformat import codecs
+from qformat.converters.quantize.weight import entry_of, pack
 from qformat.kernels import native
 
 HASH32 = {"shift": 7, "taps": [0, 3, 5, 12], "index": [3, 2], "table": "hash-32", "L": 14, "code": "hash"}
 ONE = {"block": [-1, -1], "scales": "float16"}
-CASES = {  # name: codec, bits (of each term, where they are several), settings, bound
+CASES = {  # name: codec, bits, settings, bound
     "int-2": ("int", 2, {}, None),
     "table-lloyd-2": ("table", 2, {"bits": 2, "p": 1, "table": "gauss-p1-n4", **ONE}, 0.1178),
     "table-lloyd-3": ("table", 3, {"bits": 3, "p": 1, "table": "gauss-p1-n8", **ONE}, None),
@@ -33,8 +33,8 @@ CASES = {  # name: codec, bits (of each term, where they are several), settings,
     "table-p2-4": ("table", 4, {"bits": 8, "p": 2, "table": "higgs-p2-n256", **ONE}, 0.0078),
     "table-p4-2": ("table", 2, {}, None),
     "e8p-2": ("e8p", 2, {}, 0.0916),
-    "e8p-3": ("e8p", (2, 1), {}, 0.0308),
-    "e8p-4": ("e8p", (2, 2), {}, 0.0098),
+    "e8p-3": ("e8p", 3, {}, 0.0308),
+    "e8p-4": ("e8p", 4, {}, 0.0098),
     "hash-2": ("trellis", 2, {}, 0.0735),
     "hash-3": ("trellis", 3, {}, 0.0187),
     "hash-4": ("trellis", 4, {}, 0.0053),
@@ -47,28 +47,22 @@ CASES = {  # name: codec, bits (of each term, where they are several), settings,
 
 
 def measure(name: str, matrix: np.ndarray) -> dict[str, object]:
-    codec_name, bits, settings, bound = CASES[name]
-    terms, nbytes, seconds, error = [], 0, 0.0, matrix.astype(np.float64)
-    for width in bits if isinstance(bits, tuple) else (bits,):  # each term takes what those before it leave over
-        term = {"codec": codec_name, **get(codec_name).preset(width, True, settings)}
-        codec, params = read_params(term)
-        started = time.perf_counter()
-        parts = encoder(codec)(params, error.astype(np.float32))
-        seconds += time.perf_counter() - started
-        error = error - codec.decode(params, matrix.shape, parts)
-        nbytes += sum(part.nbytes for part in parts.values())
-        terms.append(term)
-    bits = sum(bits) if isinstance(bits, tuple) else bits
-    stored = 8 * nbytes / matrix.size
+    codec, bits, settings, bound = CASES[name]
+    terms = codecs.preset(codec, bits, True, settings)
+    entry = entry_of(name, matrix.shape, "float32", terms, "none")
+    started = time.perf_counter()
+    packed = pack(entry, matrix)
+    seconds = time.perf_counter() - started
+    error = matrix.astype(np.float64) - packed.decode()
     mse = float((error**2).mean() / (matrix.astype(np.float64) ** 2).mean())
     return {
         "name": name,
         "terms": terms,
         "bits": bits,
-        "stored_bits": round(stored, 5),
+        "stored_bits": round(packed.stored_bits, 5),
         "mse": round(mse, 6),
         "bound": bound,
-        "holds": bound is None or (mse <= bound and stored <= bits + 0.02),
+        "holds": bound is None or (mse <= bound and packed.stored_bits <= bits + 0.02),
         "limit": 4.0**-bits,
         "seconds": round(seconds, 1),
     }
