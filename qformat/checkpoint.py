@@ -25,8 +25,8 @@ KEY = "quantization_config"
 
 class Checkpoint(Mapping[str, PackedWeight]):
     """A mapping from the names of packed weights to :class:`PackedWeight`; ``tensors`` and ``array`` reach every
-    tensor. It lists weights as they are stored; ``members``, the weights of the model that lie in one of these, and
-    aliases are found by their names, too.
+    tensor. It lists weights as they are stored; ``members``, the weights of the model that lie in one of these,
+    ``composed``, those that several of these make up, and aliases are found by their names, too.
 
     ``config`` is the model's config.json without its quantization settings, which are ``settings``; ``manifest`` is
     None for a folder that qformat did not pack.
@@ -41,6 +41,7 @@ class Checkpoint(Mapping[str, PackedWeight]):
         self.tensors: dict[str, Tensor] = {}
         self._shard_of: dict[str, Shard] = {}
         self.members: dict[str, Rows] = {}
+        self.composed: dict[str, tuple[str, ...]] = {}
         for shard in self.shards:
             for name, tensor in shard.tensors.items():
                 if name in self.tensors:
@@ -85,12 +86,13 @@ class Checkpoint(Mapping[str, PackedWeight]):
         where = self.path / files.CONFIG if self.path.is_dir() else self.path
         try:
             found = manifest.read(self.settings)
-            self._entries = found.names(limit=len(self.tensors))
-            self.members = manifest.members(self._entries)
-            for name in self.members.keys() & self.tensors.keys():
-                raise DamagedError("a weight that lies in another one, stored once", "a tensor too", weight=name)
+            self._all = found.names(limit=len(self.tensors))
+            self.members, self.composed = manifest.members(self._all), manifest.composed(self._all)
+            self._entries = {name: entry for name, entry in self._all.items() if name not in self.composed}
+            for name in (self.members.keys() | self.composed.keys()) & self.tensors.keys():
+                raise DamagedError("a weight that other ones hold, stored once", "a tensor too", weight=name)
             for alias, name in found.aliases.items():
-                taken = alias in self._entries or alias in self.members or alias in self.tensors
+                taken = alias in self._all or alias in self.members or alias in self.tensors
                 if name not in self._entries or taken:
                     raise DamagedError("an alias of a packed weight, stored once", repr(name), weight=alias)
         except QformatError as error:
@@ -106,7 +108,7 @@ class Checkpoint(Mapping[str, PackedWeight]):
                 raise DamagedError("a packed weight stored once", "a dense tensor too", file=self.path, weight=name)
             for part in self._layout(name):
                 tensor = f"{name}_{part.name}"
-                if tensor in out or tensor in self._entries or tensor in self.members:
+                if tensor in out or tensor in self._all or tensor in self.members:
                     raise DamagedError("part names that no other tensor has", tensor, file=self.path, weight=name)
                 out[tensor] = name
         return out
@@ -127,6 +129,9 @@ class Checkpoint(Mapping[str, PackedWeight]):
         if name in self.members:
             whole, *rows = self.members[name]
             return dataclasses.replace(self[whole], name=name, rows=(rows[0], rows[1]))
+        if name in self.composed:
+            pieces = tuple(self[piece] for piece in self.composed[name])
+            return PackedWeight(name, self._all[name], {}, pieces[0].file, pieces=pieces)
         name = self.manifest.aliases.get(name, name)
         entry = self._entries[name]
         parts = {}

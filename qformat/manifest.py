@@ -32,27 +32,42 @@ class Piece(Record, frozen=True, kw_only=True):
     rows: Size
 
 
+class Stored(Record, frozen=True, kw_only=True):
+    """Stored weights that are a piece of the model's, with entries of their own; one for each weight of the entry."""
+
+    weights: Annotated[tuple[str, ...], Meta(min_length=1)]
+
+
 class Entry(Record, frozen=True, kw_only=True):
     """What all weights of one shape, packed alike, share.
 
     ``stack`` leading axes of ``shape`` number matrices; the next axis is out, all further ones together are in.
     ``transposed``: the model holds the last two axes the other way round than the codecs see them. ``concat``: the
-    weights of the model that lie in this one, one below another.
+    weights of the model that lie in this one, one below another. ``pieces``, in place of ``terms``: the stored weights
+    that make up this one, one after another along ``axis``.
     """
 
     weights: Annotated[tuple[str, ...], Meta(min_length=1)]
     shape: Annotated[tuple[Size, ...], Meta(min_length=2, max_length=8)]
     dtype: Literal["float16", "bfloat16", "float32"]
-    terms: Annotated[tuple[Term, ...], Meta(min_length=1, max_length=16)]
+    terms: Annotated[tuple[Term, ...], Meta(max_length=16)] = ()
     label: Label = "quantized"
     stack: Annotated[int, Meta(ge=0, le=4)] = 0
     stored_shape: Annotated[tuple[Size, ...], Meta(min_length=2, max_length=8)] | None = None
     transposed: bool = False
     concat: Annotated[tuple[Piece, ...], Meta(max_length=256)] = ()
+    axis: Annotated[int, Meta(ge=0, le=7)] = 0
+    pieces: Annotated[tuple[Stored, ...], Meta(max_length=4096)] = ()
     sum_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
+        if bool(self.terms) == bool(self.pieces):
+            raise DamagedError("terms or pieces", "both" if self.terms else "none")
+        if over := sorted(write_record(self).keys() - (_STORED if self.terms else _COMPOSED)):
+            raise DamagedError(f"other keys for an entry with {'terms' if self.terms else 'pieces'}", ", ".join(over))
+        if self.pieces and self.axis >= len(self.shape):
+            raise DamagedError(f"an axis below {len(self.shape)}", str(self.axis))
         if len(self.shape) < self.stack + 2:
             raise DamagedError(f"a shape with {self.stack} leading axes before out and in", str(list(self.shape)))
         if self.transposed and len(self.shape) != self.stack + 2:
@@ -64,6 +79,10 @@ class Entry(Record, frozen=True, kw_only=True):
             small = len(stored) == len(self.shape) and all(a >= b for a, b in zip(stored, self.shape, strict=True))
             if not small or stored[: self.stack] != self.shape[: self.stack] or len(self.shape) != self.stack + 2:
                 raise DamagedError(f"a stored_shape that pads {list(self.shape)}", str(list(stored)))
+
+
+_COMPOSED = {"weights", "shape", "dtype", "axis", "pieces"}  # keys of an entry with pieces
+_STORED = {*Entry.__struct_fields__} - {"axis", "pieces"}
 
 
 class Rows(NamedTuple):
@@ -96,12 +115,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, Any] = {}
 
     def names(self, limit: int) -> dict[str, Entry]:
-        """Weight name -> entry, with the pieces of that weight alone; :class:`DamagedError` for more than ``limit``
-        names or one that stands twice.
+        """Weight name -> entry, with what lies in that weight or makes it up alone; :class:`DamagedError` for more than
+        ``limit`` names of stored weights, or of others, or one that stands twice.
         """
         out: dict[str, Entry] = {}
+        left = {True: limit, False: limit}
         for entry in self.entries:
-            found = names.expand(entry.weights, limit - len(out))
+            stored = bool(entry.terms)
+            found = names.expand(entry.weights, left[stored])
+            left[stored] -= len(found)
             for name, own in zip(found, _single(entry, found), strict=True):
                 if name in out:
                     raise DamagedError("every weight in one entry", "in two", weight=name)
@@ -111,19 +133,26 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 def _single(entry: Entry, weights: list[str]) -> list[Entry]:
     """The entry of each of ``weights``."""
-    if not entry.concat:
+    if not (key := _related(entry)):
         return [entry] * len(weights)
-    pieces = [names.expand(piece.weights, len(weights)) for piece in entry.concat]
-    for found in pieces:
-        if len(found) != len(weights):
-            raise DamagedError(f"{len(weights)} weights in each piece", str(len(found)), weight=weights[0])
-    rows = [piece.rows for piece in entry.concat]
-    return [
-        msgspec.structs.replace(
-            entry, concat=tuple(Piece(weights=(name,), rows=n) for name, n in zip(one, rows, strict=True))
-        )
-        for one in zip(*pieces, strict=True)
-    ]
+    related = getattr(entry, key)
+    found = [names.expand(piece.weights, len(weights)) for piece in related]
+    for some in found:
+        if len(some) != len(weights):
+            raise DamagedError(f"{len(weights)} weights in each piece", str(len(some)), weight=weights[0])
+    return [_with(entry, key, [(name,) for name in one]) for one in zip(*found, strict=True)]
+
+
+def _related(entry: Entry) -> str:
+    """The key under which an entry names other weights; empty for none."""
+    return "concat" if entry.concat else "pieces" if entry.pieces else ""
+
+
+def _with(entry: Entry, key: str, weights: Iterable[tuple[str, ...]]) -> Entry:
+    """The entry with other names in each piece under ``key``."""
+    pieces = zip(getattr(entry, key), weights, strict=True)
+    new = tuple(msgspec.structs.replace(piece, weights=own) for piece, own in pieces)
+    return msgspec.structs.replace(entry, **{key: new})
 
 
 def members(entries: Mapping[str, Entry]) -> dict[str, Rows]:
@@ -138,6 +167,34 @@ def members(entries: Mapping[str, Entry]) -> dict[str, Rows]:
             out[name] = Rows(weight, start, start + piece.rows)
             start += piece.rows
     return out
+
+
+def composed(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
+    """The model's weights that are stored as several -> these, in order; ``entries`` as in :func:`members`."""
+    out: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
+    for weight, entry in entries.items():
+        stored = tuple(piece.weights[0] for piece in entry.pieces)
+        for name in stored:
+            if name in taken or name not in entries or entries[name].pieces or entries[name].concat:
+                raise DamagedError("a piece that is stored, for one weight", repr(name), weight=weight)
+            taken.add(name)
+        if stored:
+            _check_shapes(weight, entry, [entries[name].shape for name in stored])
+            out[weight] = stored
+    return out
+
+
+def _check_shapes(weight: str, entry: Entry, shapes: list[tuple[int, ...]]) -> None:
+    axis, (*rest,) = entry.axis, entry.shape
+    size = rest.pop(axis)
+    for number, shape in enumerate(shapes):
+        if len(shape) != len(entry.shape) or [*shape[:axis], *shape[axis + 1 :]] != rest:
+            wanted = f"pieces that differ from {list(entry.shape)} along axis {axis} alone"
+            raise DamagedError(wanted, f"{list(shape)} for piece {number}", weight=weight)
+    if sum(shape[axis] for shape in shapes) != size:
+        found = str([shape[axis] for shape in shapes[:8]])
+        raise DamagedError(f"pieces of {size} together along axis {axis}", found, weight=weight)
 
 
 _KNOWN = ("quant_method", "version", "entries", "aliases", "activations", "kv_cache", "provenance")
@@ -186,7 +243,7 @@ def _entry(item: Any) -> Entry:
     first = str(item["weights"][0]) if isinstance(item.get("weights"), list) and item["weights"] else ""
     try:
         entry = read_record(Entry, item)
-        if all([read_term(term)[2] for term in entry.terms]):
+        if entry.terms and all([read_term(term)[2] for term in entry.terms]):
             raise DamagedError("a term inside the rotation", "none")
     except (DamagedError, UnsupportedError) as error:
         raise error.located(weight=first) from None
@@ -223,23 +280,24 @@ def group(weights: Iterable[tuple[str, Entry]]) -> tuple[Entry, ...]:
     for name, entry in weights:
         plain = write_record(entry)
         del plain["weights"]
-        plain["concat"] = [piece.rows for piece in entry.concat]
+        if key := _related(entry):
+            plain[key] = [{**write_record(piece), "weights": []} for piece in getattr(entry, key)]
         alike.setdefault(json.dumps(plain, sort_keys=True), {})[name] = entry
     return tuple(map(_shared, alike.values()))
 
 
 def _shared(alike: Mapping[str, Entry]) -> Entry:
     """The entry of weights that differ in their names alone; pieces are listed in the order of the weights."""
-    first = next(iter(alike.values()))
-    weights = tuple(names.compress(alike))
-    order = names.expand(weights, len(alike)) if first.concat else []
+    first = msgspec.structs.replace(next(iter(alike.values())), weights=tuple(names.compress(alike)))
+    if not (key := _related(first)):
+        return first
+    order = names.expand(first.weights, len(alike))
     pieces = []
-    for i, piece in enumerate(first.concat):
-        found = [alike[name].concat[i].weights[0] for name in order]
+    for i in range(len(getattr(first, key))):
+        found = [getattr(alike[name], key)[i].weights[0] for name in order]
         short = names.compress(found)
-        same = names.expand(short, len(found)) == found
-        pieces.append(Piece(weights=tuple(short if same else found), rows=piece.rows))
-    return msgspec.structs.replace(first, weights=weights, concat=tuple(pieces))
+        pieces.append(tuple(short if names.expand(short, len(found)) == found else found))
+    return _with(first, key, pieces)
 
 
 def schema() -> dict[str, Any]:
@@ -259,6 +317,7 @@ def schema() -> dict[str, Any]:
         term["required"] = ["codec", *term.get("required", [])]
         terms.append(term)
     record = _inline(entry, definitions)
+    record["oneOf"] = [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("terms", "pieces")]
     record["properties"]["terms"]["items"] = {"oneOf": terms}
     any_object = {"type": "object"}
     return {

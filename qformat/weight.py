@@ -18,7 +18,7 @@ from . import codecs, rotation
 from .dtypes import NUMPY, Array, rounded
 from .errors import DamagedError, QformatError, UnsupportedError, UsageError
 from .layout import Part
-from .manifest import Entry, Term
+from .manifest import Entry, Stored, Term
 
 
 def matrix_shape(entry: Entry) -> tuple[int, int]:
@@ -136,7 +136,8 @@ def decode_matrix(
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight of the model. ``parts`` maps part names to arrays: views of the file, nothing is copied. ``rows`` are
-    its first row and its end in what is stored, where that is a concatenation.
+    its first row and its end in what is stored, where that is a concatenation; ``pieces`` make it up along the entry's
+    axis, where it is stored as several.
     """
 
     name: str
@@ -144,6 +145,7 @@ class PackedWeight:
     parts: Mapping[str, Array]
     file: str = ""
     rows: tuple[int, int] | None = None
+    pieces: tuple[PackedWeight, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,7 +155,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.parts.values())
+        return sum(array.nbytes for array in self.parts.values()) + sum(piece.nbytes for piece in self.pieces)
 
     @property
     def stored_bits(self) -> float:
@@ -162,14 +164,20 @@ class PackedWeight:
 
     @property
     def codec(self) -> str:
-        return "+".join(str(term["codec"]) for term in self.entry.terms)
+        codecs = {piece.codec: None for piece in self.pieces}
+        return ", ".join(codecs) or "+".join(str(term["codec"]) for term in self.entry.terms)
 
     def decode(self, rotated: bool = False, decoder: Decoder = reference) -> Array:
         """float32 [shape] in the model's basis; ``rotated``: the matrix as stored, [stack..., out, in], padding and
         all rows included.
 
-        Raises :class:`DamagedError` naming this weight where a part holds what its codec forbids.
+        Raises :class:`DamagedError` naming this weight where a part holds what its codec forbids, and
+        :class:`UnsupportedError` for the stored matrix of a weight in pieces, which has several.
         """
+        if self.pieces:
+            if rotated:
+                raise UnsupportedError("a stored weight", "one in pieces", file=self.file, weight=self.name)
+            return np.concatenate([piece.decode(decoder=decoder) for piece in self.pieces], self.entry.axis)
         try:
             lead = self.entry.shape[: self.entry.stack]
             matrices = [
@@ -211,6 +219,10 @@ class PackedWeight:
         if not 0 <= start < stop <= self.shape[axis]:
             raise UsageError(f"a range within 0..{self.shape[axis]}", f"{start}..{stop}", weight=self.name)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        if self.pieces:
+            pieces = tuple(self._cut_pieces(axis, start, stop))
+            listed = tuple(Stored(weights=(piece.name,)) for piece in pieces)
+            return replace(self, entry=msgspec.structs.replace(entry, shape=shape, pieces=listed), pieces=pieces)
         if axis < entry.stack:
             lead = (slice(None),) * axis + (slice(start, stop),)
             stored = entry.stored_shape and (*shape[: entry.stack], *entry.stored_shape[entry.stack :])
@@ -233,6 +245,15 @@ class PackedWeight:
         except DamagedError:
             raise UnsupportedError("a packing that can be cut there", f"{start}..{stop}", weight=self.name) from None
         return result
+
+    def _cut_pieces(self, axis: int, start: int, stop: int) -> Iterator[PackedWeight]:
+        first = 0
+        for piece in self.pieces:
+            size = piece.shape[axis]
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                yield piece if (low, high) == (0, size) else piece.slice(axis, low, high)
+            first += size if axis == self.entry.axis else 0
 
     def _check_rotation_cut(self, name: str, start: int, end: int, padded: int) -> None:
         side = dict(self.entry.rotation.sides()).get(name) if self.entry.rotation else None

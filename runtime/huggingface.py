@@ -177,8 +177,10 @@ def _checked(described: Manifest, files: Sequence[str] | None) -> dict[str, Entr
     shards = [Shard(Path(file)) for file in files or ()]
     where = {tensor: shard for shard in shards for tensor in shard.tensors}
     entries = described.names(limit=len(where) if files else 1 << 20)
+    if several := next(iter(manifest.composed(entries)), ""):
+        raise UnsupportedError("weights stored as one, to be run", "one in pieces", weight=several)
     for member in manifest.members(entries).keys() & where.keys():
-        raise DamagedError("a weight that lies in another one, stored once", "a tensor too", weight=member)
+        raise DamagedError("a weight that other ones hold, stored once", "a tensor too", weight=member)
     for name, entry in entries.items() if files else ():
         names = {part.name: f"{name}_{part.name}" for part in layout(entry)}
         present = {part: where[tensor].array(tensor) for part, tensor in names.items() if tensor in where}

@@ -479,7 +479,7 @@ def decode_file(path: Path) -> dict[str, tuple[list[float], list[float]]]:
         if "quantization_config" in metadata:
             manifest = json.loads(metadata["quantization_config"])
     out = {}
-    for entry in manifest["entries"]:
+    for entry in (one for one in manifest["entries"] if "terms" in one):
         for number, name in enumerate(itertools.chain(*map(expand, entry["weights"]))):
             parts = {t[len(name) + 1 :]: tensor for t, tensor in tensors.items() if t.startswith(f"{name}_")}
             stored, weight = out[name] = decode(entry, parts)
@@ -488,6 +488,14 @@ def decode_file(path: Path) -> dict[str, tuple[list[float], list[float]]]:
                 own = list(itertools.chain(*map(expand, piece["weights"])))[number]
                 out[own] = stored, weight[start * size : (start + piece["rows"]) * size]
                 start += piece["rows"]
+    for entry in (one for one in manifest["entries"] if "pieces" in one):
+        pieces = [list(itertools.chain(*map(expand, piece["weights"]))) for piece in entry["pieces"]]
+        for name, *stored in zip(itertools.chain(*map(expand, entry["weights"])), *pieces, strict=True):
+            # what lies beyond the axis, and is before it: a run of each piece in turn
+            runs = math.prod(entry["shape"][: entry.get("axis", 0)])
+            values = [out[piece][1] for piece in stored]
+            joined = (part[i * len(part) // runs : (i + 1) * len(part) // runs] for i in range(runs) for part in values)
+            out[name] = [], list(itertools.chain(*joined))
     return out | {alias: out[name] for alias, name in manifest.get("aliases", {}).items()}
 
 

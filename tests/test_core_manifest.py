@@ -75,7 +75,7 @@ BAD: list[tuple[dict[str, Any], type[QformatError], str]] = [
     (whole(one(shape=[4, True])), DamagedError, "`int` at `\\$.shape\\[1\\]`, found `bool`"),
     (whole(one(shape=[4, 64.0])), DamagedError, "found `float`"),
     (whole(one(dtype="float8")), DamagedError, "known value at `\\$.dtype`, found 'float8'"),
-    (whole(one(terms=[])), DamagedError, "length >= 1"),
+    (whole(one(terms=[])), DamagedError, "terms or pieces, found none"),
     (whole(one(terms=[TERM] * 17)), DamagedError, "length <= 16"),
     (whole(one(terms=[{"bits": 4}])), DamagedError, "name of a codec, found None"),
     (whole(one(terms=[{"codec": 4}])), DamagedError, "name of a codec, found 4"),

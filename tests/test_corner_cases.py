@@ -41,7 +41,7 @@ def test_awkward_schemes_can_be_said(case: dict[str, Any]) -> None:
     assert any(repr(name) in refused.value.found for name in to_come)
     entry = read_record(Entry, case["entry"])
     shape, known, prefixes = weight.matrix_shape(entry), [], []
-    for prefix, term, _ in weight._terms(entry):
+    for prefix, term, _ in weight.terms_of(entry):
         if term["codec"] in to_come:
             prefixes.append(prefix)
         else:

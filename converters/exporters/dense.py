@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from qformat import manifest
 from qformat.dtypes import FLOATS, FROM_SAFETENSORS, NUMPY, Array
 from qformat.errors import UsageError
@@ -24,7 +26,24 @@ def plan(plan: Plan, dtype: str | None) -> Plan:
     config = dict(plan.config)
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    return replace(plan, items=tuple(one for item in plan.items for one in _items(item, dtype)), config=config)
+    composed = [item for item in plan.items if item.entry is not None and item.entry.pieces]
+    of = {item.name: item for item in plan.items}
+    pieces = {item.name: [of.pop(piece.weights[0]) for piece in item.entry.pieces] for item in composed if item.entry}
+    items = [one for item in of.values() if item.name not in pieces for one in _items(item, dtype)]
+    items += [_joined(item, pieces[item.name], dtype) for item in composed]
+    return replace(plan, items=tuple(items), config=config)
+
+
+def _joined(item: Item, pieces: list[Item], dtype: str | None) -> Item:
+    """A weight that is stored as several."""
+    assert item.entry is not None
+    target, axis = dtype or item.entry.dtype, item.entry.axis
+
+    def make() -> dict[str, Array]:
+        return {"": np.concatenate([piece.packed().decode() for piece in pieces], axis).astype(NUMPY[target])}
+
+    consumes = tuple(name for piece in pieces for name in piece.consumes)
+    return Item(item.name, consumes, make, dense=spec(target, item.entry.shape))
 
 
 def _items(item: Item, dtype: str | None) -> Iterator[Item]:

@@ -20,7 +20,7 @@ def detect(source: Checkpoint) -> str:
 def plan(source: Checkpoint) -> Plan:
     if source.manifest is None:
         raise UsageError("a folder that qformat packed", "another", file=source.path)
-    items = [_item(source, name) for name in source]
+    items = [_item(source, name) for name in (*source, *source.composed)]
     return Plan(
         scheme=str(source.manifest.provenance.get("scheme", NAME)),
         items=(*items, *passed(source, source.dense)),

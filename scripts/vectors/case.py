@@ -212,7 +212,7 @@ def _expect(folder: Path) -> None:
     path = folder / "input.safetensors"
     opened = checkpoint.open(path if path.exists() else folder / "input")
     assert opened.manifest is not None
-    names = (*opened, *opened.members, *opened.manifest.aliases)
+    names = (*opened, *opened.members, *opened.composed, *opened.manifest.aliases)
     write_file(folder / "expected.safetensors", {name: opened[name].decode() for name in names}, None)
     turned = {name: opened[name].decode(rotated=True) for name in names if opened[name].entry.rotation is not None}
     if turned:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from qformat import names
+
 from .case import NAME, WIDE, Draft, entry, fill, refused, write_file
 from .files import with_tensors
 
@@ -22,6 +24,7 @@ def drafts() -> Iterator[Draft]:
     yield from _entries()
     yield from _names()
     yield from _concat()
+    yield from _pieces()
 
 
 def several(name: str, what: str, rules: str, patterns: list[str], names: list[str], **keys: Any) -> Draft:
@@ -193,3 +196,94 @@ def _concat() -> Iterator[Draft]:
     yield bad("whole", "a piece with the name of the whole", gate, {**up, "weights": whole})
     yield bad("tensor", "a piece with the name of a tensor", gate, up, dense="l.0.up")
     yield bad("key", "an unknown key of a piece", gate, {**up, "columns": 8}, rules="M2 M9")
+
+
+def _pieces() -> Iterator[Draft]:
+    """A weight in pieces of other bits; one whose matrices were packed one by one; what none may be."""
+    table = {"codec": "table", "bits": 4, "table": "nf4", "block": [1, 8], "scales": "float32"}
+    first, second = {**entry(INT, (3, 16)), "weights": ["w.0"]}, {**entry(table, (2, 16)), "weights": ["w.1"]}
+    whole = {
+        "weights": ["w"],
+        "shape": [5, 16],
+        "dtype": "float16",
+        "pieces": [{"weights": ["w.0"]}, {"weights": ["w.1"]}],
+    }
+    yield _composed("rows", "rows of 4-bit integers above rows of NF4", [whole, first, second], slices=ROWS)
+    beside = [{**whole, "shape": [3, 24], "axis": 1}, first, {**second, "shape": [3, 8]}]
+    yield _composed("columns", "columns of 4-bit integers beside columns of NF4", beside, slices=COLUMNS)
+    experts = [
+        {**whole, "weights": ["l.{0..1}.e"], "shape": [2, 3, 8], "pieces": [{"weights": ["l.{0..1}.e.0"]}]},
+        {**first, "weights": ["l.{0..1}.e.0", "l.1.e.1", "l.0.e.1"], "shape": [1, 3, 8], "stack": 1},
+    ]
+    experts[0]["pieces"] += [{"weights": ["l.0.e.1", "l.1.e.1"]}]
+    yield _composed("stack", "two weights of two matrices each, packed one by one", experts)
+    turned = [whole, {**first, "rotation": {"in": {"size": 8}}}, second]
+    yield _composed("rotated", "a piece within a rotation beside one without", turned, tolerance=WIDE)
+    odd = {**second, "terms": [{**table, "bits": 9, "table": "float16"}]}
+    yield _composed("optional", "a piece that a decoder may refuse", [whole, first, odd], group="optional", rules="O1")
+
+    def bad(name: str, what: str, changes: dict[str, Any], *more: dict[str, Any], **keys: Any) -> Draft:
+        items = [{**whole, **changes}, first, second, *more]
+        return _composed(f"invalid-{name}", what, items, stored=(first, second), group="invalid", **keys)
+
+    one, other = whole["pieces"]
+    yield bad("rows", "pieces of fewer rows than the weight", {"shape": [6, 16]})
+    yield bad("columns", "pieces of fewer columns than the weight", {"shape": [5, 17]})
+    yield bad("rank", "pieces with an axis less than the weight", {"shape": [5, 4, 4]})
+    yield bad("axis", "an axis that the weight does not have", {"axis": 2})
+    yield bad("axis-negative", "a negative axis", {"axis": -1}, rules="M4")
+    yield bad("terms", "pieces and terms", {"terms": [INT]})
+    yield bad("stack", "pieces and a stack", {"stack": 1, "shape": [1, 5, 16]})
+    yield bad("label", "pieces and a label", {"label": "rounded"})
+    yield bad("count", "a piece with more names than there are weights", {"pieces": [one, {"weights": ["w.1", "w.0"]}]})
+    yield bad("unknown", "a piece that has no entry", {"pieces": [one, {"weights": ["w.2"]}]})
+    yield bad("itself", "a piece that is the weight itself", {"pieces": [{"weights": ["w"]}]})
+    yield bad("twice", "a piece that stands twice", {"shape": [6, 16], "pieces": [one, one]})
+    yield bad("shared", "a piece of two weights", {}, {**whole, "weights": ["x"]})
+    yield bad("key", "an unknown key of a piece", {"pieces": [one, {**other, "rows": 2}]}, rules="M2")
+    yield bad("tensor", "a weight in pieces with the name of a tensor", {}, dense="w")
+    yield bad("part", "a weight in pieces with the name of a part", {"weights": ["w.0_codes"]}, rules="P3")
+    yield bad("none", "an entry with neither terms nor pieces", {"pieces": []})
+    for key, what, wrong in (
+        ("concat", "a piece of which others are rows", [whole, {**first, "concat": [{"weights": ["q"], "rows": 3}]}]),
+        ("axis-alone", "an axis without pieces", [{**first, "axis": 1}]),
+    ):
+        yield _composed(f"invalid-{key}", what, [*wrong, second], stored=(first, second), group="invalid")
+
+
+ROWS = ({"axis": 0, "start": 1, "stop": 4}, {"axis": 0, "start": 3, "stop": 5}, {"axis": 1, "start": 8, "stop": 16})
+COLUMNS = (
+    {"axis": 1, "start": 8, "stop": 24},
+    {"axis": 0, "start": 1, "stop": 2},
+    {"axis": 1, "start": 4, "stop": 24, "error": "unsupported"},
+)
+
+
+def _composed(
+    name: str,
+    what: str,
+    items: list[dict[str, Any]],
+    *,
+    stored: tuple[dict[str, Any], ...] = (),
+    rules: str = "",
+    dense: str = "",
+    **keys: Any,
+) -> Draft:
+    """A case of M10. ``stored``: entries of which the file has the parts, by default all of ``items`` with terms."""
+    held = {
+        f"{weight}_{part}": array
+        for item in stored or [item for item in items if "terms" in item]
+        for weight in names.expand(item["weights"], 9)
+        for part, array in fill(f"manifest/pieces-{name}/{weight}", item).items()
+    }
+    held |= {dense: np.zeros((5, 16), np.float16)} if dense else {}
+    error = {"invalid": "damaged", "optional": "unsupported"}.get(keys.get("group", ""))
+    return Draft(
+        f"manifest/{'pieces-' + name if 'invalid' not in name else name.replace('invalid-', 'invalid-pieces-')}",
+        what,
+        tuple(f"M10 {rules}".split()),
+        lambda folder: write_file(folder / "input.safetensors", held, items),
+        entries=tuple(items),
+        **({"error": error} if error else {}),
+        **keys,
+    )

@@ -159,7 +159,7 @@ def test_a_tensor_that_is_lacking_or_over(packed: Callable[[str], Path], tmp_pat
     for loading in (load, transformers.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(DamagedError, match=f"{stored}: expected part codes, found none"):
             loading(missing)
-        with pytest.raises(DamagedError, match=f"{key}: expected a weight that lies in another one, stored once"):
+        with pytest.raises(DamagedError, match=f"{key}: expected a weight that other ones hold, stored once"):
             loading(twice)
 
 
