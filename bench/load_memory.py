@@ -51,14 +51,18 @@ def numbers(dtype: str, shape: tuple[int, ...], scale: float) -> Array:
     return (scale * rng.standard_normal(shape, np.float32)).astype(NUMPY[dtype])
 
 
-def make(folder: Path, terms: tuple[dict[str, Any], ...] | None, rotate: Any, hidden: int, layers: int) -> int:
-    """Write the model, packed by ``terms`` or dense; the bytes of its packed weights."""
+def make(
+    folder: Path, terms: tuple[dict[str, Any], ...] | None, rotate: Any, hidden: int, layers: int, wholly: bool = False
+) -> int:
+    """Write the model, packed by ``terms`` (``wholly``: embedding and head, too) or dense; the bytes of its packed
+    weights.
+    """
     config = json.loads((SMALL / "config.json").read_text())
     config |= {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers}
     config |= {"head_dim": 64, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
     specs, entries, packed = {}, {}, 0
     for name, shape in shapes(hidden, layers).items():
-        if terms is not None and ".layers." in name and len(shape) == 2:
+        if terms is not None and (wholly or ".layers." in name) and len(shape) == 2:
             entries[name] = entry_of(name, shape, "bfloat16", terms, rotate)
             parts = weight.layout(entries[name])
             specs |= {f"{name}_{part.name}": spec(str(part.dtype), part.shape) for part in parts}
