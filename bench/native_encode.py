@@ -1,4 +1,4 @@
-"""Speed of the native library: trellis encoder, decoders, and linear beside torch's float32 linear in the same run.
+"""Speed of the native library: encoders, decoders, and linear beside torch's float32 linear in the same run.
 
     python bench/native_encode.py [--threads N] [--rounds N] [--out bench/results/native_encode.json]
 
@@ -25,6 +25,7 @@ import numpy as np
 from qformat import codecs
 from qformat.dtypes import NUMPY, Array
 from qformat.kernels import native
+from qformat.kernels.cpu.e8p import nearest
 from qformat.kernels.cpu.trellis import search
 
 ENCODERS = [(12, 2), (12, 3), (12, 4), (16, 2), (16, 4)]  # (L, bits)
@@ -82,6 +83,17 @@ def encoders(threads: int, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def lattice_encoders(threads: int, rounds: int) -> list[dict[str, Any]]:
+    vectors = np.random.default_rng(0).standard_normal((1 << 17, 8), dtype=np.float32)
+    tasks: dict[str, Callable[[], Any]] = {
+        f"{bits} bits": lambda bits=bits: nearest(vectors, bits, threads=threads) for bits in (1, 2)
+    }
+    return [
+        {"what": "e8p encoder", "name": name, **row, "weights_per_s": vectors.size / row["median_s"]}
+        for name, row in in_turns(tasks, rounds).items()
+    ]
+
+
 def random_parts(codec: Any, params: Any) -> dict[str, Array]:
     rng = np.random.default_rng(0)
     parts = {}
@@ -135,7 +147,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "native_encode.json")
     options = parser.parse_args()
-    rows = encoders(options.threads, options.rounds) + products(options.threads, options.rounds)
+    measures = (encoders, lattice_encoders, products)
+    rows = [row for measure in measures for row in measure(options.threads, options.rounds)]
     for row in rows:
         rate = row.get("weights_per_s")
         speed = f"{rate / 1e3:9.1f} kw/s" if rate else f"{row['packed_gb_s']:6.2f} GB/s {row['float_gb_s']:6.1f} float"
