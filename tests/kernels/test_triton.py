@@ -99,6 +99,10 @@ def name(case: Case) -> str:
 CASES = list(matrices())
 
 
+def test_every_codec_is_among_the_cases() -> None:
+    assert {term["codec"] for term, _ in CASES} == set(codecs.NAMES)
+
+
 def run(codec: Any, params: Any, shape: Shape, parts: Mapping[str, Array], **more: Any) -> torch.Tensor:
     on_device = {part: tensor.to(DEVICE) for part, tensor in tensors(parts).items()}
     return KERNELS[codec.NAME].dequantize(params, shape, on_device, **more).cpu()
