@@ -1,8 +1,9 @@
-"""``export``: a packed decoder as ``model.onnx`` beside its own shards.
+"""``export``: a packed decoder or encoder as ``model.onnx`` beside its own shards.
 
 The file holds the graph alone: every initializer of a weight points into the safetensors shards, packed parts as they
-are, dense tensors too (cast in the graph where they are of another dtype). The functions that decode lie in the model,
-so that plain ONNX Runtime runs it.
+are, dense tensors too, cast in the graph where they are of another dtype: rows of an embedding when they have been
+gathered, the matrix of a product as a whole, which folded takes the memory of one in float32. The functions that decode
+lie in the model, so that plain ONNX Runtime runs it.
 
 ONNX Runtime folds the functions when it loads: dense weights in memory, and fast. (To load the bundled model at 2 bits
 takes 45 bytes a weight, as each step's values are kept until the last is done; a run then takes a thirteenth of the
@@ -28,6 +29,7 @@ import qformat
 from qformat import files, sources, weight
 from qformat.checkpoint import Checkpoint
 from qformat.errors import DamagedError, QformatError, UnsupportedError, UsageError
+from qformat.manifest import Rows
 from qformat.staging import staged
 
 from . import trace
@@ -46,8 +48,8 @@ def export(
     the config and the tokenizer. ``dtype`` is that of activations, of the cache and of the logits.
 
     Returns the report that ``qformat export --json`` prints. Raises :class:`UnsupportedError` for a model that is no
-    decoder of linear layers and embeddings, :class:`DamagedError` for a tensor that the model needs and the shards
-    lack.
+    decoder or encoder of text made of linear layers and embeddings, :class:`DamagedError` for a tensor that the model
+    needs and the shards lack.
     """
     opened, target = sources.open(source), Path(target)
     if dtype not in DTYPES:
@@ -57,12 +59,9 @@ def export(
         raise UsageError("a qformat model", "another", file=opened.path, hint=hint)
     if not (opened.path / files.CONFIG).is_file():
         raise UsageError("a model folder with config.json", file=opened.path)
-    if opened.members:
-        where = {"file": opened.path, "weight": next(iter(opened.members.values())).weight}
-        hint = "`qformat convert SRC DST --to dense` makes a model that can be exported"
-        raise UnsupportedError(
-            "weights stored one by one, for ONNX", "several of the model's weights in one", hint=hint, **where
-        )
+    if several := next(iter(opened.composed), ""):
+        hint = "`qformat convert SRC DST --to dense` makes a model whose weights are whole"
+        raise UnsupportedError("whole weights, for ONNX", "one in pieces", file=opened.path, weight=several, hint=hint)
     with staged(target, overwrite) as (folder, _):
         try:
             proto = graph(opened, dtype)
@@ -95,21 +94,23 @@ def graph(opened: Checkpoint, dtype: str) -> Any:
 def _places(opened: Checkpoint, model: Any) -> dict[str, str]:
     """Parameter of the model -> the packed weight or the dense tensor that it is; tied parameters are the same one."""
     assert opened.manifest is not None
-    packed, aliases = set(opened), opened.manifest.aliases
+    aliases = opened.manifest.aliases
+    packed = {name for name in opened if not opened[name].entry.concat} | opened.members.keys()
     known = packed | set(opened.dense)
     tied: dict[int, list[str]] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         tied.setdefault(id(tensor), []).append(name)
+    stored = trace.paths(model, known | aliases.keys())
     places: dict[str, str] = {}
     missing = []
     for names in tied.values():
-        found = [aliases.get(name, name) for name in names if aliases.get(name, name) in known]
+        found = [aliases.get(stored[name], stored[name]) for name in names if name in stored]
         places |= dict.fromkeys(names, found[0]) if found else {}
         missing += [] if found else names[:1]
     homeless = known.difference(places.values())
     if homeless & packed or (homeless and missing):
-        what = f"{trace.architecture(model)}, which has no parameter of this name"
+        what = f"{trace.architecture(model.config)}, which has no parameter of this name"
         raise UnsupportedError("an architecture of linear layers and embeddings, for ONNX", what, weight=min(homeless))
     if missing:
         raise DamagedError("a tensor that the model needs", "none", weight=missing[0])
@@ -130,13 +131,15 @@ def _stand_in(
         found = type(model.get_submodule(module)).__name__
         raise UnsupportedError("linear layers and embeddings, for ONNX", found, weight=name)
     entry = opened[name].entry
+    rows = opened.members.get(name, Rows(name, 0, entry.shape[0]))
     key = kind, text(entry)
     if key not in functions:
         try:
             functions[key] = function(kind, f"{kind}_{len(functions)}", entry)
         except QformatError as error:
             raise error.located(weight=name) from None
-    trace.stand_in(model, module, Stand(name, kind, functions[key].name, key[1]))
+    width = entry.shape[0 if kind == "Linear" else 1]
+    trace.stand_in(model, module, Stand(kind, functions[key].name, key[1], width, rows))
 
 
 def _attach(graph: ir.Graph, opened: Checkpoint, places: Mapping[str, str]) -> None:
@@ -147,11 +150,7 @@ def _attach(graph: ir.Graph, opened: Checkpoint, places: Mapping[str, str]) -> N
         del graph.initializers[value.name]
         tensor = _external(graph, opened, places[value.name])
         if tensor.dtype != value.dtype:
-            cast = ir.node("Cast", [tensor], {"to": value.dtype})
-            cast.outputs[0].name = f"{tensor.name}_{value.dtype.name.lower()}"
-            cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
-            graph.insert_before(graph[0], cast)
-            tensor = cast.outputs[0]
+            tensor = _cast(graph, tensor, value)
         ir.convenience.replace_all_uses_with(value, tensor)
     for node in graph:
         if node.domain == DOMAIN:
@@ -161,6 +160,24 @@ def _attach(graph: ir.Graph, opened: Checkpoint, places: Mapping[str, str]) -> N
             node.resize_inputs(1 + len(parts))
             for number, part in enumerate(parts, 1):
                 node.replace_input_with(number, part)
+
+
+def _cast(graph: ir.Graph, tensor: ir.Value, value: ir.Value) -> ir.Value:
+    """``tensor`` in the dtype of ``value``. Rows are cast after they have been gathered: a runtime that folds constants
+    would keep the whole of an embedding a second time.
+    """
+    for node, _ in value.uses():
+        if node.op_type == "Gather" and node.inputs[0] is value and node.attributes.get_int("axis", 0) == 0:
+            gather = ir.node("Gather", [tensor, node.inputs[1]], {"axis": 0})
+            cast = ir.node("Cast", [gather.outputs[0]], {"to": value.dtype})
+            gather.outputs[0].name = f"{node.outputs[0].name}_{tensor.dtype.name.lower()}"
+            ir.convenience.replace_nodes_and_values(graph, node, [node], [gather, cast], node.outputs, cast.outputs)
+    cast = ir.node("Cast", [tensor], {"to": value.dtype})
+    cast.outputs[0].name = f"{tensor.name}_{value.dtype.name.lower()}"
+    cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+    if value.uses():
+        graph.insert_before(graph[0], cast)
+    return cast.outputs[0]
 
 
 def _external(graph: ir.Graph, opened: Checkpoint, name: str) -> ir.Value:

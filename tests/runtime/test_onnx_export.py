@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import making
 import numpy as np
 import onnx
-import onnxruntime
+import onnx_models as models
 import pytest
 import torch
-import transformers
 from onnx.reference import ReferenceEvaluator
+from onnx_models import STREAMED, folder, session
 
 import qformat
-from qformat import checkpoint, codecs
-from qformat.converters.quantize.weight import entry_of, pack
+from qformat import checkpoint
+from qformat.converters.quantize.weight import pack
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UnsupportedError, UsageError
 from qformat.runtime.ort.export import FILE, bring_files
@@ -28,7 +28,6 @@ from qformat.runtime.ort.functions import DOMAIN, text
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples/tiny-llama"
-STREAMED = {"optimization.disable_specified_optimizers": "ConstantFolding"}
 CODECS = {  # a part of a weight's name -> how it is packed
     "embed_tokens": ("int", 8, "none"),
     "q_proj": ("int", 3, "none"),
@@ -59,26 +58,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def packed_model(path: Path) -> Path:
     """One layer, the head tied to the embedding."""
     dense = checkpoint.open(TINY)
-    weights, rest = {}, {}
-    for name, tensor in dense.tensors.items():
-        layer, kind = name.partition("layers.")[2][:1], next((kind for kind in CODECS if kind in name), None)
-        if layer > "0" or name == "lm_head.weight":
-            continue
-        if kind is None:
-            rest[name] = dense.array(name)
-            continue
-        codec, bits, rotate = CODECS[kind]
-        terms = codecs.preset(codec, bits, rotate == "hadamard", {})
-        weights[name] = pack(entry_of(name, tensor.shape, tensor.dtype, terms, rotate), dense.array(name))
+    names = [n for n in dense.tensors if n.partition("layers.")[2][:1] <= "0" and n != "lm_head.weight"]
     config = dense.config | {"num_hidden_layers": 1, "tie_word_embeddings": True}
-    shutil.copy(TINY / "tokenizer.json", folder(path, weights, rest, config))
-    return path
-
-
-def folder(path: Path, weights: Any, dense: Any, config: dict[str, Any]) -> Path:
-    making.folder(path, weights, dense)
-    settings = json.loads((path / "config.json").read_text())[checkpoint.KEY]
-    (path / "config.json").write_text(json.dumps(config | {checkpoint.KEY: settings}))
+    folder(path, *models.packed({name: dense.array(name) for name in names}, CODECS), config)
+    shutil.copy(TINY / "tokenizer.json", path)
     return path
 
 
@@ -109,28 +92,6 @@ def words() -> Text:
 
 
 EMPTY = [np.zeros((2, 2, 0, 64), np.float32)] * 2
-
-
-def session(path: Path, **config: str) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    for key, value in config.items():
-        options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(path / FILE, options, providers=["CPUExecutionProvider"])
-
-
-def exact_logits(packed: Path, words: Text) -> Array:
-    """From the decoded weights, in float64."""
-    opened = checkpoint.open(packed)
-    config = transformers.AutoConfig.from_pretrained(packed)
-    del config.quantization_config
-    model = transformers.LlamaForCausalLM(config).double().eval()
-    arrays = {name: opened[name].decode() for name in opened} | {name: opened.array(name) for name in opened.dense}
-    state = {name: torch.from_numpy(array.astype(np.float64)) for name, array in arrays.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return logits(model, words)
 
 
 def logits(model: Any, words: Text) -> Array:
@@ -199,7 +160,7 @@ def test_logits_are_those_of_torch(case: Case, words: Text) -> None:
     """Without a past, with one of padding and text, token by token. The bound is 64 float32 roundings of the largest
     logit; torch's own float32 is 2 of them off, ONNX Runtime 4.
     """
-    exact = exact_logits(case.packed, words)
+    exact = logits(models.exact(case.packed), words)
     kept = words.mask.astype(bool)
     bound = 64 * 2.0**-24 * np.abs(exact).max()
     packed = logits(qformat.load(case.packed, dtype=torch.float32), words)
@@ -224,6 +185,31 @@ def test_streamed_and_by_the_reference(case: Case, words: Text, tmp_path: Path) 
     reference, *_ = ReferenceEvaluator(str(copied / FILE)).run(None, feeds)
     for found in (streamed, reference):
         assert np.abs(found - whole)[words.mask.astype(bool)].max() < 1e-5 * np.abs(whole).max()
+
+
+def test_weights_that_are_stored_as_one(words: Text, tmp_path: Path) -> None:
+    """One product gives q, k and v; of rows, the first is not that of the stored weight."""
+    dense = checkpoint.open(TINY)
+    rest = {n: dense.array(n) for n in dense.tensors if n.partition("layers.")[2][:1] <= "0"}
+    at = "model.layers.0.self_attn"
+    turn = {"in": {"size": 32, "scale": "int8"}, "out": {"size": 16, "scale": "float16"}}
+    joined = {
+        f"{at}.qkv.weight": [f"{at}.{one}_proj.weight" for one in "qkv"],
+        "model.both.weight": ["lm_head.weight", "model.embed_tokens.weight"],
+    }
+    weights = {}
+    for name, members in joined.items():
+        pieces = [{"weights": [one], "rows": len(rest[one])} for one in members]
+        whole = np.concatenate([rest.pop(one) for one in members])
+        weights[name] = pack(making.entry(whole.shape, INT, weights=(name,), concat=pieces, rotation=turn), whole)
+    packed = folder(tmp_path / "packed", weights, rest, dense.config | {"num_hidden_layers": 1})
+    qformat.export(packed, tmp_path / "out")
+    nodes = [n for n in onnx.load(tmp_path / "out" / FILE, load_external_data=False).graph.node if n.domain == DOMAIN]
+    assert sorted(node.name.partition("/")[2] for node in nodes) == sorted([*joined, "model.both.weight"])
+    found, *_ = session(tmp_path / "out").run(None, words.feeds(0, 9, EMPTY))
+    expected = logits(models.exact(packed), words)
+    kept = words.mask.astype(bool)
+    assert np.abs(found - expected)[kept].max() < 64 * 2.0**-24 * np.abs(expected).max()
 
 
 def test_shards_are_copied_where_they_cannot_be_linked(
@@ -267,8 +253,13 @@ def test_what_is_refused(case: Case, tmp_path: Path) -> None:
     rest = {name: moe.array(name) for name in moe.tensors if name not in packed}
     with pytest.raises(UnsupportedError, match=str(moe.config["architectures"][0])):
         qformat.export(folder(tmp_path / "moe", packed, rest, moe.config), tmp_path / "out")
-    with pytest.raises(UnsupportedError, match="a decoder that transformers knows"):
+    with pytest.raises(UnsupportedError, match="a decoder or an encoder of text"):
         qformat.export(making.folder(tmp_path / "unknown", packed), tmp_path / "out")
+    pieces = {f"w.{i}": making.packed(np.random.default_rng(0), making.entry((8, 16), INT)) for i in range(2)}
+    whole = making.entry((16, 16), weights=("w",), pieces=[{"weights": [name]} for name in pieces])
+    pieces["w"] = making.packed(np.random.default_rng(0), whole)
+    with pytest.raises(UnsupportedError, match="w: expected whole weights, for ONNX, found one in pieces"):
+        qformat.export(making.folder(tmp_path / "pieces", pieces), tmp_path / "out")
     with pytest.raises(UsageError, match="a qformat model"):
         qformat.export(TINY, tmp_path / "out")
     with pytest.raises(UsageError, match="float32 or float16"):
