@@ -14,9 +14,9 @@ constexpr int entries = 256, width = 8, chunk = 1024;
 constexpr int sign_bits[width] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 struct Table {
-  const float* values;  // [entries, width]
+  const float* values;                         // [entries, width]
   float sizes[entries][width], half[entries];  // half of the squared length
-  int odd[entries];  // whether an odd number of values is negative
+  int odd[entries];                            // whether an odd number of values is negative
 
   explicit Table(const float* given) : values(given) {
     for (int e = 0; e < entries; e++) {
@@ -62,8 +62,8 @@ template <int W> QF_INLINE void nearest1(const Nearest& a) {
   }
 }
 
-// The patterns nearest to W vectors with an even number of signs turned: all go where the vector's do, but for the one
-// that costs least where that makes an odd number.
+// The patterns nearest to W vectors, with an even number of their signs turned: those that differ from the vector's, and
+// where they are odd in number the one that costs least.
 template <int W, class F> QF_INLINE typename Lanes<W>::i patterns(const Table& table, const F* x) {
   typedef typename Lanes<W>::i i;
   F size[width], best = -std::numeric_limits<float>::infinity() - F{};
