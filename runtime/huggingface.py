@@ -120,9 +120,16 @@ class QformatQuantizer(HfQuantizer):
             raise UnsupportedError("a model on one device, or spread by device_map", "a distributed one")
         self.ties = dict(model.all_tied_weights_keys)
         places = _Places(model)
-        for name, entry in _checked(self.manifest, checkpoint_files).items():
+        entries = _checked(self.manifest, checkpoint_files)
+        pieces = {piece for stored in manifest.composed(entries).values() for piece in stored}
+        for name, entry in ((name, entry) for name, entry in entries.items() if name not in pieces):
             try:
-                places.share(name, entry) if entry.concat else places.pack(places.path(name), entry)
+                if entry.concat:
+                    places.share(name, entry)
+                elif entry.pieces:
+                    places.compose(name, entry, entries)
+                else:
+                    places.pack(places.path(name), entry)
             except QformatError as error:
                 raise error.located(file=model.name_or_path, weight=name) from None
         places.tie(self.manifest.aliases)
@@ -142,13 +149,13 @@ class QformatQuantizer(HfQuantizer):
                     raise DamagedError("a tensor that was loaded", "none", **where)
             for name in module.part_names():
                 module.get_parameter(name).requires_grad_(False)
-            if any(not info.own and module.parts(name)[0].is_meta for name, info in module.packed.items()):
+            if any(info.held and module.parts(name)[0].is_meta for name, info in module.packed.items()):
                 where = {"file": model.name_or_path, "weight": path}
-                raise UnsupportedError("a weight that several modules share, in memory", "left on disk", **where)
+                raise UnsupportedError("what a module holds for others, in memory", "left on disk", **where)
         _prepare(model)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        packed = sorted(_packed(model), key=lambda item: not all(info.own for info in item[1].packed.values()))
+        packed = sorted(_packed(model), key=lambda item: any(info.held for info in item[1].packed.values()))
         for path, module in packed:
             modules.unpack(module)
             if type(module) is nn.Module:  # there for what it held alone
@@ -177,9 +184,7 @@ def _checked(described: Manifest, files: Sequence[str] | None) -> dict[str, Entr
     shards = [Shard(Path(file)) for file in files or ()]
     where = {tensor: shard for shard in shards for tensor in shard.tensors}
     entries = described.names(limit=len(where) if files else 1 << 20)
-    if several := next(iter(manifest.composed(entries)), ""):
-        raise UnsupportedError("weights stored as one, to be run", "one in pieces", weight=several)
-    for member in manifest.members(entries).keys() & where.keys():
+    for member in (manifest.members(entries).keys() | manifest.composed(entries).keys()) & where.keys():
         raise DamagedError("a weight that other ones hold, stored once", "a tensor too", weight=member)
     for name, entry in entries.items() if files else ():
         names = {part.name: f"{name}_{part.name}" for part in layout(entry)}
@@ -261,16 +266,34 @@ class _Places:
         if lacking:
             raise DamagedError("a place in the model for each weight", "none", weight=lacking[0])
         first = next(iter(rows))
-        module, leaf = places[first]
-        path = self._stored_path(name, first)
+        holder, held = self._hold(name, entry, first)
+        for member, (module, leaf) in places.items():
+            self._check_ties(member)
+            modules.share(module, leaf, holder, held, rows[member][1:])
+
+    def compose(self, name: str, entry: Entry, entries: Mapping[str, Entry]) -> None:
+        """A weight that is stored as several: a module of the name of each holds its parts."""
+        module, leaf = self._module(self.path(name))
+        if module is None:
+            return
+        self._check_ties(name)
+        stored = [piece.weights[0] for piece in entry.pieces]
+        modules.compose(module, leaf, entry, [self._hold(one, entries[one], name) for one in stored])
+
+    def _check_ties(self, name: str) -> None:
+        ties = self.model.all_tied_weights_keys
+        if self.path(name) in (*ties, *ties.values()):
+            raise UnsupportedError("a weight with parts of its own, to be tied", "one that others hold", weight=name)
+
+    def _hold(self, name: str, entry: Entry, member: str) -> tuple[nn.Module, str]:
+        """The module that holds what is stored under ``name`` for the model's weight ``member``, its name there."""
+        module, leaf = self._module(self.path(member))
+        assert module is not None
+        path = self._stored_path(name, member)
         holder, held = self._holder(path)
         modules.hold(holder, held, entry, like=module._parameters[leaf])
         self.entries[path] = entry
-        ties = self.model.all_tied_weights_keys
-        for member, (module, leaf) in places.items():
-            if self.path(member) in (*ties, *ties.values()):
-                raise UnsupportedError("a weight of its own, to be tied", "rows of another", weight=member)
-            modules.share(module, leaf, holder, held, rows[member][1:])
+        return holder, held
 
     def _stored_path(self, name: str, member: str) -> str:
         """Where transformers will look for ``name``, which the model lacks: its path is changed as a member's is."""
@@ -357,9 +380,9 @@ def _prepare(model: Any) -> None:
     slow: dict[str, float] = {}  # codec -> seconds a forward pass
     measured: dict[str, float] = {}  # spec -> seconds
     for path, module in _packed(model):
-        for name, info in module.packed.items():
+        for name, info in module.stored.items():
             parts, spec, count = module.parts(name), info.spec, 1
-            if parts[0].is_meta or info.owner is not None:
+            if parts[0].is_meta:
                 continue
             entry = entry_of(spec)
             for size in entry.shape[: entry.stack]:

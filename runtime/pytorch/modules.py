@@ -18,8 +18,8 @@ from qformat.manifest import Entry
 from qformat.weight import PackedWeight
 
 from . import ops
-from .prepared import entry_of, rows_of, shape_of, spec
-from .tensor import Joined, PackedTensor
+from .prepared import entry_of, shape_of, spec
+from .tensor import Joined, PackedTensor, PiecesTensor
 
 
 class Info(NamedTuple):
@@ -29,11 +29,33 @@ class Info(NamedTuple):
     parts: tuple[str, ...]
     dtype: torch.dtype
     owner: nn.Module | None = None  # that has the parts, where it is another module
+    held: bool = False  # for other modules, and no parameter of this one
 
-    @property
-    def own(self) -> bool:
-        """False for a weight that is stored here, and is none of this module: others are rows of it."""
-        return rows_of(self.spec) is not None or not entry_of(self.spec).concat
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        return [(self.owner or module)._parameters[part] for part in self.parts]  # type: ignore[misc]
+
+    def show(self, module: nn.Module) -> PackedTensor:
+        return PackedTensor(self.tensors(module), self.spec, self.dtype)
+
+
+class Pieces(NamedTuple):
+    """Of one parameter that is stored as several: the modules that hold these and their names there."""
+
+    of: tuple[tuple[nn.Module, str], ...]
+    axis: int
+    dtype: torch.dtype
+
+    held = False
+
+    def _each(self) -> list[tuple[nn.Module, Info]]:
+        return [(owner, owner.packed[name]) for owner, name in self.of]  # type: ignore[index, misc]
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        return [tensor for owner, info in self._each() for tensor in info.tensors(owner)]
+
+    def show(self, module: nn.Module) -> PackedTensor:
+        pieces = [info._replace(dtype=self.dtype).show(owner) for owner, info in self._each()]
+        return PiecesTensor(pieces, self.axis, self.dtype)
 
 
 class Packed(nn.Module):
@@ -41,15 +63,20 @@ class Packed(nn.Module):
     what they are whatever the module is cast to; ``<name>`` itself is a read-only :class:`PackedTensor`.
     """
 
-    packed: dict[str, Info]
+    packed: dict[str, Info | Pieces]
 
     def parts(self, name: str = "weight") -> list[Tensor]:
-        info = self.packed[name]
-        return [(info.owner or self)._parameters[part] for part in info.parts]  # type: ignore[misc]
+        return self.packed[name].tensors(self)
 
     def part_names(self) -> list[str]:
         """Of the parts that lie in this module."""
-        return [part for info in self.packed.values() if info.owner is None for part in info.parts]
+        return [part for info in self.stored.values() for part in info.parts]
+
+    @property
+    def stored(self) -> dict[str, Info]:
+        """What has its parts in this module."""
+        own = {name: info for name, info in self.packed.items() if isinstance(info, Info)}
+        return {name: info for name, info in own.items() if info.owner is None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         kept = {id(self._parameters[part]) for part in self.part_names()}
@@ -66,7 +93,7 @@ class Packed(nn.Module):
 
 def _shown(name: str) -> property:
     def get(self: Packed) -> PackedTensor:
-        return PackedTensor(self.parts(name), self.packed[name].spec, self.packed[name].dtype)
+        return self.packed[name].show(self)
 
     return property(get, doc="The weight; decoded when it is computed with by other means than a product.")
 
@@ -75,7 +102,8 @@ class QLinear(Packed, nn.Linear):
     weight = _shown("weight")
 
     def forward(self, input: Tensor) -> Tensor:
-        y = ops.linear_op(input, self.parts(), self.packed["weight"].spec)
+        info: Any = self.packed["weight"]
+        y = ops.linear_op(input, info.tensors(self), info.spec)
         return y if self.bias is None else y + self.bias
 
 
@@ -83,8 +111,8 @@ class QEmbedding(Packed, nn.Embedding):
     weight = _shown("weight")
 
     def forward(self, input: Tensor) -> Tensor:
-        info = self.packed["weight"]
-        return ops.embedding_op(input, self.parts(), info.spec).to(info.dtype)
+        info: Any = self.packed["weight"]
+        return ops.embedding_op(input, info.tensors(self), info.spec).to(info.dtype)
 
 
 def pack(module: nn.Module, name: str, entry: Entry, rows: tuple[int, int] | None = None) -> None:
@@ -93,28 +121,37 @@ def pack(module: nn.Module, name: str, entry: Entry, rows: tuple[int, int] | Non
 
     Raises :class:`DamagedError` where the parameter has another shape.
     """
-    dense = _replaced(module, name, text := spec(entry, rows))
-    _describe(module, name, Info(text, _register(module, name, entry, dense.device), dense.dtype))
+    dense = _replaced(module, name, shape_of(text := spec(entry, rows)))
+    _describe(module, name, Info(text, _register(module, name, entry, dense.device), dense.dtype), _simple(text))
 
 
 def hold(module: nn.Module, name: str, entry: Entry, like: Tensor) -> None:
-    """Let a module have the parts of a weight that is none of its own, for :func:`share`; on the device of ``like``."""
-    _describe(module, name, Info(spec(entry), _register(module, name, entry, like.device), like.dtype))
+    """Let a module have the parts of a weight that is none of its own, for :func:`share` and :func:`compose`; on the
+    device of ``like``.
+    """
+    parts = _register(module, name, entry, like.device)
+    _describe(module, name, Info(spec(entry), parts, like.dtype, held=True))
 
 
 def share(module: nn.Module, name: str, owner: nn.Module, held: str, rows: tuple[int, int]) -> None:
     """Replace a module's parameter by ``rows`` of what ``owner`` holds as ``held``; see :func:`pack`."""
     whole: Info = owner.packed[held]  # type: ignore[index, assignment]
-    dense = _replaced(module, name, text := spec(entry_of(whole.spec), rows))
-    _describe(module, name, Info(text, whole.parts, dense.dtype, owner))
+    dense = _replaced(module, name, shape_of(text := spec(entry_of(whole.spec), rows)))
+    _describe(module, name, Info(text, whole.parts, dense.dtype, owner), _simple(text))
 
 
-def _replaced(module: nn.Module, name: str, text: str) -> Tensor:
+def compose(module: nn.Module, name: str, entry: Entry, of: Sequence[tuple[nn.Module, str]]) -> None:
+    """Replace a module's parameter by what others hold, one after another along the axis of ``entry``."""
+    dense = _replaced(module, name, entry.shape)
+    _describe(module, name, Pieces(tuple(of), entry.axis, dense.dtype))
+
+
+def _replaced(module: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor:
     """The parameter of a module, taken away."""
     dense = module._parameters[name]
     assert dense is not None
-    if tuple(dense.shape) != shape_of(text):
-        raise DamagedError(f"the model's shape {list(dense.shape)}", str(list(shape_of(text))))
+    if tuple(dense.shape) != shape:
+        raise DamagedError(f"the model's shape {list(dense.shape)}", str(list(shape)))
     return module._parameters.pop(name)  # type: ignore[return-value]
 
 
@@ -127,8 +164,12 @@ def _register(module: nn.Module, name: str, entry: Entry, device: torch.device) 
     return tuple(f"{name}_{part.name}" for part in parts)
 
 
-def _describe(module: nn.Module, name: str, info: Info) -> None:
-    simple = len(shape_of(info.spec)) == 2 and not entry_of(info.spec).transposed
+def _simple(text: str) -> bool:
+    """Whether the weight is the matrix that its codec sees."""
+    return len(shape_of(text)) == 2 and not entry_of(text).transposed
+
+
+def _describe(module: nn.Module, name: str, info: Info | Pieces, simple: bool = False) -> None:
     module.__class__ = _class(type(module), name, simple)
     module.packed = {**getattr(module, "packed", {}), name: info}  # type: ignore[assignment]
 
@@ -144,10 +185,10 @@ def _class(kind: type[nn.Module], name: str, simple: bool) -> type[nn.Module]:
 
 
 def unpack(module: Packed) -> None:
-    """Undo :func:`pack` and :func:`share`: the decoded weights as ordinary parameters, in the dtypes that they showed.
-    What a module holds for others is gone, so that these come first.
+    """Undo :func:`pack`, :func:`share` and :func:`compose`: the decoded weights as ordinary parameters, in the dtypes
+    that they showed. What a module holds for others is gone, so that these come first.
     """
-    dense = {name: getattr(module, name).decode() for name, info in module.packed.items() if info.own}
+    dense = {name: getattr(module, name).decode() for name, info in module.packed.items() if not info.held}
     for part in module.part_names():
         del module._parameters[part]
     module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, Packed))

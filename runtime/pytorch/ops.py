@@ -92,12 +92,18 @@ def embedding(rows: Tensor, parts: Sequence[Tensor], spec: str) -> Tensor:
     flat = rows.reshape(-1).long()
     if flat.numel() == 0:
         return torch.empty(*rows.shape, into, device=rows.device)
-    # on other devices to look at the numbers would be to wait for them
-    if rows.device.type == "cpu" and not 0 <= int(flat.min()) <= int(flat.max()) < out:
-        raise IndexError(f"rows from 0 to {out - 1} expected, {int(flat.min())} to {int(flat.max())} found")
+    check_rows(flat, out)
     if (cut := rows_of(spec)) is not None:
         flat, spec = flat + cut[0], whole_of(spec)
     return prepared(parts, spec).take(flat).reshape(*rows.shape, into).contiguous()
+
+
+def check_rows(rows: Tensor, count: int) -> None:
+    """Raise :class:`IndexError` for a row that is none of ``count``; on other devices than the CPU to look at the
+    numbers would be to wait for them.
+    """
+    if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise IndexError(f"rows from 0 to {count - 1} expected, {int(rows.min())} to {int(rows.max())} found")
 
 
 def dequantize(parts: Sequence[Tensor], spec: str) -> Tensor:

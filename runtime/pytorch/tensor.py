@@ -36,6 +36,28 @@ class PackedTensor(Tensor):
     def decode(self) -> Tensor:
         return ops.dequantize_op(self.parts, self.spec).to(self.dtype)
 
+    def is_matrix(self, transposed: bool) -> bool:
+        """Whether a product with the weight, turned or not, is one with the matrix that its codec sees."""
+        if self.ndim != 2 or (transposed and rows_of(self.spec)):  # which then are columns of it
+            return False
+        return entry_of(self.spec).transposed == transposed
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] times the transposed matrix that the codec sees: [..., out] in the dtype of x."""
+        y: Tensor = ops.linear_op(x, self.parts, self.spec)
+        return y
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The given rows of that matrix: float32 [..., in]."""
+        found: Tensor = ops.embedding_op(rows, self.parts, self.spec)
+        return found
+
+    def one(self, index: int) -> Any:
+        """A matrix of a stack, packed; NotImplemented where there is none."""
+        if entry_of(self.spec).stack != 1 or rows_of(self.spec):
+            return NotImplemented
+        return PackedTensor(one_of_stack(self.parts, index), one_of(self.spec), self.dtype)
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"PackedTensor({list(self.shape)}, {self.dtype}, {self.spec})"
 
@@ -58,8 +80,68 @@ class PackedTensor(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """What reaches this is no question of shape or dtype: it gets the decoded values."""
-        args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.decode, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(PackedTensor, lambda one: one.decode(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class PiecesTensor(PackedTensor):
+    """The same for a weight that is stored as several, one after another along ``axis``."""
+
+    pieces: Sequence[PackedTensor]
+    axis: int
+
+    @staticmethod
+    def __new__(cls, pieces: Sequence[PackedTensor], axis: int, dtype: torch.dtype) -> Self:  # type: ignore[override]
+        shape = list(pieces[0].shape)
+        shape[axis] = sum(piece.shape[axis] for piece in pieces)
+        out: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=pieces[0].device)
+        out.pieces, out.axis = pieces, axis
+        return out
+
+    def decode(self) -> Tensor:
+        return torch.cat([piece.decode() for piece in self.pieces], self.axis).to(self.dtype)
+
+    def is_matrix(self, transposed: bool) -> bool:
+        return all(piece.is_matrix(transposed) for piece in self.pieces)
+
+    def product(self, x: Tensor) -> Tensor:
+        if self.axis == int(self.is_matrix(transposed=True)):  # one below the other, to a codec
+            return torch.cat([piece.product(x) for piece in self.pieces], dim=-1)
+        inputs = x.float().split([piece.shape[self.axis] for piece in self.pieces], dim=-1)
+        products = [piece.product(part) for piece, part in zip(self.pieces, inputs, strict=True)]
+        return torch.stack(products).sum(dim=0).to(x.dtype)
+
+    def take(self, rows: Tensor) -> Tensor:
+        if self.axis == 1:
+            return torch.cat([piece.take(rows) for piece in self.pieces], dim=-1)
+        ops.check_rows(rows, self.shape[0])
+        out = torch.empty(*rows.shape, self.shape[1], device=rows.device)
+        for piece in self.pieces:
+            here = (rows >= 0) & (rows < len(piece))
+            out[here] = piece.take(rows[here])
+            rows = rows - len(piece)
+        return out
+
+    def one(self, index: int) -> Any:
+        if self.axis:
+            ones = [piece.one(index) for piece in self.pieces]
+            return (
+                NotImplemented
+                if any(one is NotImplemented for one in ones)
+                else PiecesTensor(ones, self.axis - 1, self.dtype)
+            )
+        index += len(self) if index < 0 else 0
+        for piece in self.pieces:
+            if index < len(piece):
+                return piece.one(index)
+            index -= len(piece)
+        return NotImplemented
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"PiecesTensor({list(self.pieces)}, axis={self.axis})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PiecesTensor:
+        return PiecesTensor([piece.__deepcopy__(memo) for piece in self.pieces], self.axis, self.dtype)
 
 
 def _writes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -77,29 +159,27 @@ _IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow an
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if not _is_matrix(weight, transposed=False):
         return NotImplemented
-    y = ops.linear_op(input, weight.parts, weight.spec)
+    y = weight.product(input)
     return y if bias is None else y + bias
 
 
 def _matmul(input: Tensor, other: Any) -> Any:
-    return ops.linear_op(input, other.parts, other.spec) if _is_matrix(other, transposed=True) else NotImplemented
+    return other.product(input) if _is_matrix(other, transposed=True) else NotImplemented
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Any) -> Any:
-    return input + ops.linear_op(mat1, mat2.parts, mat2.spec) if _is_matrix(mat2, transposed=True) else NotImplemented
+    return input + mat2.product(mat1) if _is_matrix(mat2, transposed=True) else NotImplemented
 
 
 def _embedding(input: Tensor, weight: Any, padding_idx: object = None, max_norm: object = None, **rest: object) -> Any:
     if not _is_matrix(weight, transposed=False) or max_norm is not None:
         return NotImplemented
-    return ops.embedding_op(input, weight.parts, weight.spec).to(weight.dtype)
+    return weight.take(input).to(weight.dtype)
 
 
 def _getitem(self: Any, index: Any) -> Any:
     whole = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point())
-    if not isinstance(self, PackedTensor) or not whole or entry_of(self.spec).stack != 1 or rows_of(self.spec):
-        return NotImplemented
-    return PackedTensor(one_of_stack(self.parts, int(index)), one_of(self.spec), self.dtype)
+    return self.one(int(index)) if isinstance(self, PackedTensor) and whole else NotImplemented
 
 
 def _itself(self: Tensor, *_: object) -> Tensor:
@@ -120,12 +200,7 @@ _PACKED: dict[Any, Callable[..., Any]] = {
 
 
 def _is_matrix(weight: Any, transposed: bool) -> bool:
-    """Whether a product with the weight is one with the matrix that its codec sees."""
-    if not isinstance(weight, PackedTensor) or weight.ndim != 2:
-        return False
-    if transposed and rows_of(weight.spec):  # columns, of what the codec sees
-        return False
-    return entry_of(weight.spec).transposed == transposed
+    return isinstance(weight, PackedTensor) and weight.is_matrix(transposed)
 
 
 class Joined:
