@@ -118,6 +118,10 @@ def _places(opened: Checkpoint, model: Any) -> dict[str, str]:
         shape = opened[name].shape if name in packed else opened.tensors[name].shape
         if shape != tuple(state[parameter].shape):
             raise DamagedError(f"the model's shape {list(state[parameter].shape)}", str(list(shape)), weight=name)
+        if name not in packed and "float8" in opened.tensors[name].dtype:
+            raise UnsupportedError(
+                "dense tensors of 16 bits or more, for ONNX", opened.tensors[name].dtype, weight=name
+            )
     return places
 
 

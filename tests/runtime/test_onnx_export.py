@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import making
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_models as models
@@ -244,6 +245,10 @@ def test_a_missing_tensor_and_a_misshapen_one(tmp_path: Path) -> None:
     config["num_hidden_layers"] = 0
     with pytest.raises(DamagedError, match=r"embed_tokens.weight: .*\[4096, 256\], found \[4096, 64\]"):
         qformat.export(folder(tmp_path / "misshapen", packed, tensors, config), tmp_path / "out")
+    whole = {"model.embed_tokens.weight": making.packed(np.random.default_rng(0), making.entry((4096, 256), INT))}
+    small = tensors | {"model.norm.weight": np.ones(256, ml_dtypes.float8_e4m3fn)}
+    with pytest.raises(UnsupportedError, match=r"norm.weight: .* found float8_e4m3fn"):
+        qformat.export(folder(tmp_path / "small", whole, small, config), tmp_path / "out")
 
 
 def test_what_is_refused(case: Case, tmp_path: Path) -> None:
