@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qformat.errors import QformatError
 
 from . import exporters
 from .importers import read
+from .proof import prove
 from .report import inspect, summary
 from .write import Progress, account, timed, write
 
@@ -38,17 +40,26 @@ def convert(
     target = Path(target)
     try:
         exported = exporter.plan(plan, dtype)
-        packed = exporter.PACKED
-        kept = write(opened, exported, target, coverage, packed=packed, overwrite=overwrite, progress=progress)
+        written = write(
+            opened,
+            exported,
+            target,
+            coverage,
+            packed=exporter.PACKED,
+            overwrite=overwrite,
+            progress=progress,
+            prove=partial(prove, opened, plan, found, exporter.NAME),
+        )
     except QformatError as error:
         raise error.located(file=opened.path) from None
     return {
-        **(summary(checkpoint.open(target)) if packed else inspect(target)),
+        **(summary(checkpoint.open(target)) if exporter.PACKED else inspect(target)),
         "coverage": coverage,
         "from": found,
         "because": reason,
         "notes": list(exported.notes),
         "files": files,
-        "resumed": kept,
+        "resumed": written.resumed,
+        "proof": written.proof,
         "seconds": timed(started),
     }

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import qformat
 from qformat import files, manifest, names, sources
@@ -29,6 +29,13 @@ SHARD_TENSORS = 200_000  # keeps headers far below the 100 MB that readers accep
 Progress = Callable[[int, int, str], None]  # source bytes done, of how many, the weight just finished
 
 
+class Written(NamedTuple):
+    """How many items an interrupted run of the same job had left finished, see :mod:`qformat.staging`; the proof."""
+
+    resumed: int
+    proof: Any
+
+
 def write(
     source: Checkpoint,
     plan: Plan,
@@ -40,13 +47,13 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> int:
+    prove: Callable[[Path], Any] | None = None,
+) -> Written:
     """Write ``plan``, made from ``source``, to the folder ``target``; ``coverage`` is what :func:`account` said of
     the import. The bytes depend on nothing else, and on no number of threads.
 
-    ``packed``: with a manifest. Returns how many items an interrupted run of the same job had left finished, see
-    :mod:`qformat.staging`. Raises :class:`UsageError` where the target exists and ``overwrite`` is not given, or where
-    the source lies in it.
+    ``packed``: with a manifest. ``prove`` is given the folder before it takes its place, and may raise. Raises
+    :class:`UsageError` where the target exists and ``overwrite`` is not given, or where the source lies in it.
     """
     if target.resolve() in source.path.resolve().parents:
         raise UsageError("a target that does not hold the source", str(source.path), file=target)
@@ -68,7 +75,8 @@ def write(
         (folder / files.CONFIG).write_text(config, encoding="utf-8")
         if source.path.is_dir():
             _copy(source, folder)
-    return done.kept
+        proof = prove(folder) if prove is not None else None
+    return Written(done.kept, proof)
 
 
 def _job(source: Checkpoint, plan: Plan, specs: Sequence[Mapping[str, Spec]], config: str) -> str:

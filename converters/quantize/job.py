@@ -58,7 +58,7 @@ def quantize(
     plan = _plan(opened, dense, set(chosen), terms, turn)
     started = time.perf_counter()
     coverage = account(opened, plan)
-    kept = write(opened, plan, Path(target), coverage, packed=True, overwrite=overwrite, progress=progress)
+    written = write(opened, plan, Path(target), coverage, packed=True, overwrite=overwrite, progress=progress)
     seconds = timed(started)
     return {
         **report.summary(checkpoint.open(target), coverage),
@@ -66,7 +66,7 @@ def quantize(
         "rotate": turn,
         "notes": list(dense.notes),
         "files": files,
-        "resumed": kept,
+        "resumed": written.resumed,
         "seconds": seconds,
     }
 

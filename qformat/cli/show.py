@@ -41,6 +41,11 @@ def _size(nbytes: float) -> str:
     raise AssertionError
 
 
+def _count(number: int) -> str:
+    power = min((len(str(number)) - 1) // 3, 3)
+    return f"{number / 1000**power:.3g} {'kMG'[power - 1]}" if power else str(number)
+
+
 def _bits(bits: float | None) -> str:
     return "-" if bits is None else f"{bits:.3f}"
 
@@ -80,6 +85,15 @@ def packed(report: Report) -> None:
 def converted(report: Report) -> None:
     _console().print(_safe(f"from {report['from']} ({report['because']})"))
     packed(report)
+    if proof := report["proof"]:
+        weights, by_formula = proof["weights"], proof["by_formula"]
+        compared = f"{_count(proof['values'])} of {_count(proof['of'])} values decoded again"
+        equal = f"the formula of {report['from']}" if by_formula == weights else "the source"
+        partly = f", {by_formula} weights by its formula" if 0 < by_formula < weights else ""
+        _console().print(
+            f"proof: {weights} weight{'s' if weights > 1 else ''}, {compared}: all equal to {equal}{partly}",
+            soft_wrap=True,
+        )
 
 
 def inspected(report: Report) -> None:
