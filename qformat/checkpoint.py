@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ class Checkpoint(Mapping[str, PackedWeight]):
                     found = read_json(shard.metadata[KEY])
                 except DamagedError as error:
                     raise error.located(file=shard.path) from None
-                if own is not None and found != own:
+                if own is not None and _text(found) != _text(own):
                     raise DamagedError(f"the {KEY} of config.json", "another one in __metadata__", file=shard.path)
                 own = found
         return own
@@ -191,6 +192,11 @@ def open(path: str | Path) -> Checkpoint:
         return Checkpoint(path)
     except OSError as error:
         raise SurroundingsError(f"readable files: {error.strerror}", file=error.filename or path) from None
+
+
+def _text(value: Any) -> str:
+    """What is equal for JSON values that differ in the order of keys alone; ``true`` is not 1."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _open_shard(file: Path) -> Shard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -70,6 +70,20 @@ class Case(NamedTuple):
         kind = self.name.partition("/")[0]
         return kind if kind in codecs.NAMES else ""
 
+    @property
+    def terms(self) -> set[str]:
+        """The codecs of all terms, those of packed parts too."""
+        return set(_codecs(self.facts.entries))
+
+
+def _codecs(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("codec"), str):
+            yield value["codec"]
+        value = [*value.values()]
+    for item in value if isinstance(value, (list, tuple)) else ():
+        yield from _codecs(item)
+
 
 class Row(TypedDict):
     case: str
@@ -112,11 +126,28 @@ def run(decoders: Mapping[str, Decode] | None = None, cases: Iterable[Case] | No
 def run_command(command: Sequence[str], cases: Iterable[Case] | None = None, seconds: float = 60) -> list[Row]:
     """The same for any program: ``COMMAND... INPUT OUTPUT`` decodes every weight of INPUT into float32 tensors of its
     name in OUTPUT, a safetensors file or a folder with one, or ends with 3 (damaged) or 4 (unsupported).
+
+    A codec of which it decodes no case is one that it lacks: a 4 there is ``skipped``, and elsewhere it is judged.
     """
-    rows = []
-    for case in find() if cases is None else cases:
-        result, problem = _judge(case, partial(_run_one, command, case, seconds))
+    cases = find() if cases is None else list(cases)
+    rows: list[Row] = []
+    refused, decoded = set[str](), set[str]()  # cases; codecs
+
+    def job(case: Case) -> str:
+        try:
+            differs = _run_one(command, case, seconds)
+        except UnsupportedError:
+            refused.add(case.name)
+            raise
+        decoded.update(case.terms)
+        return differs
+
+    for case in cases:
+        result, problem = _judge(case, partial(job, case))
         rows.append(Row(case=case.name, codec=case.codec, decoder="command", result=result, problem=problem))
+    for case, row in zip(cases, rows, strict=True):
+        if row["result"] == "failed" and case.name in refused and (lacking := sorted(case.terms - decoded)):
+            row["result"], row["problem"] = "skipped", f"no decoder for {', '.join(lacking)}"
     return rows
 
 

@@ -62,6 +62,8 @@ class Entry(Record, frozen=True, kw_only=True):
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
+        if self.rotation is not None and not self.rotation.sides():
+            msgspec.structs.force_setattr(self, "rotation", None)  # a rotation without sides is none
         if bool(self.terms) == bool(self.pieces):
             raise DamagedError("terms or pieces", "both" if self.terms else "none")
         if over := sorted(write_record(self).keys() - (_STORED if self.terms else _COMPOSED)):

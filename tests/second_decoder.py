@@ -85,6 +85,8 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, info in header.items():
+        if info["dtype"] not in READ:
+            continue  # no part has it
         size, number = READ[info["dtype"]]
         start, stop = (8 + length + offset for offset in info["data_offsets"])
         tensors[name] = Tensor(info["shape"], [number(data[i : i + size]) for i in range(start, stop, size)])
@@ -207,7 +209,7 @@ def state_values(term: dict[str, Any], parts: dict[str, Tensor]) -> Callable[[in
         flat = parts["table"].values
         table = [flat[i : i + width] for i in range(0, len(flat), width)]
     else:
-        table = named_table(term["table"]) if "table" in term else []
+        table = named_table(term["table"]) if term.get("table") else []
     word = 0xFFFFFFFF
 
     def byte_sum(x: int) -> int:
@@ -423,8 +425,8 @@ def decode_matrix(entry: dict[str, Any], rows: int, cols: int, parts: dict[str, 
         else:
             inside = value if inside is None else add(inside, value)
     assert inside is not None
-    rotation = entry.get("rotation")
-    if rotation is None:
+    rotation = {key: side for key, side in (entry.get("rotation") or {}).items() if side is not None}
+    if not rotation:
         full = inside
         for value in outside:
             full = add(full, value)
@@ -470,8 +472,9 @@ def expand(pattern: str) -> list[str]:
 
 def decode_file(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Weight name -> (Ŵ, W) of a lone file or of a folder."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    manifest = None if path.is_file() else json.loads((path / "config.json").read_text())["quantization_config"]
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    config = path / "config.json"
+    manifest = json.loads(config.read_text())["quantization_config"] if config.is_file() else None
     tensors: dict[str, Tensor] = {}
     for file in files:
         metadata, found = read_file(file)

@@ -286,6 +286,16 @@ def test_dtypes_are_those_of_the_code() -> None:
         if isinstance(p.dtype, str)
     }
     assert used <= found.keys()
+    (others,) = re.findall(r"Dense tensors, but no part, may have others, too: (.*?)\.", README, re.DOTALL)
+    bits = {tag: 8 * size for tag, size in found.values()}
+    for tags, number in re.findall(r"((?:`\w+`\s)+)of\s(\d+)", others):
+        bits |= dict.fromkeys(ticked(tags), int(number))
+    assert bits == shards._BITS
+
+
+def test_pickles_are_those_of_the_code() -> None:
+    assert [kind for kind in ticked(rules()["F9"]) if kind.startswith("*")] == list(files.PICKLES)
+    assert files.POINTER.decode() in ticked(rules()["F9"])
 
 
 def test_limits_are_those_of_the_code() -> None:

@@ -60,7 +60,7 @@ class Params(Record, frozen=True, kw_only=True):
         rows, cols = (side.bit_length() - 1 for side in self.tile)
         if (1 << rows, 1 << cols) != self.tile or not 32 <= self.tile[0] * self.tile[1] <= 4096:
             raise DamagedError("a tile of powers of two with 32 to 4096 elements", str(list(self.tile)))
-        if sorted(self.order.split()) != sorted([f"r{i}" for i in range(rows)] + [f"c{i}" for i in range(cols)]):
+        if sorted(self.order.split(" ")) != sorted([f"r{i}" for i in range(rows)] + [f"c{i}" for i in range(cols)]):
             raise DamagedError(f"an order of the bits of a {self.tile[0]} x {self.tile[1]} tile", repr(self.order))
         if self.string_bits < self.L or self.string_bits % 8:
             raise DamagedError(

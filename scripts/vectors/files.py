@@ -19,6 +19,9 @@ PARTS = {f"{NAME}_{part}": array for part, array in fill("files", ITEM).items()}
 NORM = {"norm": np.array([1, -0.5], np.float16)}
 ALL = {**PARTS, **NORM}
 Header = dict[str, Any]
+# dtypes that dense tensors alone may have: bytes of an element, where it fills them, and bits where it does not
+OTHERS = {"BOOL": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8, "F4": 1, "F6_E2M3": 1, "F6_E3M2": 1}
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 def drafts() -> Iterator[Draft]:
@@ -48,6 +51,7 @@ def with_tensors(
     items: list[dict[str, Any]] | str,
     *,
     error: str | None = None,
+    group: str | None = None,
     change: Callable[[Header], None] = lambda header: None,
     cut: Callable[[bytes], bytes] = lambda data: data,
 ) -> Draft:
@@ -58,7 +62,7 @@ def with_tensors(
         (folder / "input.safetensors").write_bytes(cut(plain(tensors, text, change)))
 
     entries = () if isinstance(items, str) else tuple(items)
-    return Draft(name, what, tuple(rules.split()), write, "invalid" if error else "valid", error, entries)
+    return Draft(name, what, tuple(rules.split()), write, group or ("invalid" if error else "valid"), error, entries)
 
 
 def plain(tensors: Mapping[str, Array], manifest: str | None, change: Callable[[Header], None]) -> bytes:
@@ -92,12 +96,27 @@ def _lone() -> Iterator[Draft]:
 
     wrong = {name: "0" * 32 for name in ALL}
     yield with_tensors(
-        "files/invalid-checksum", "checksums of other bytes", "F6", ALL, [ITEM], change=sums(wrong), error="damaged"
+        "files/checksum-wrong",
+        "checksums of other bytes, which a reader may leave unchecked",
+        "F6",
+        ALL,
+        [ITEM],
+        change=sums(wrong),
+        error="damaged",
+        group="optional",
     )
     few = {"norm": "0" * 32}
     yield with_tensors(
         "files/invalid-checksums-few", "a tensor without checksum", "F6", ALL, [ITEM], change=sums(few), error="damaged"
     )
+    dense = {tag: np.zeros(3 * size, np.uint8) for tag, size in OTHERS.items()}
+
+    def retype(header: Header) -> None:
+        for tag, size in OTHERS.items():
+            header[tag].update(dtype=tag, shape=[24 * size // BITS.get(tag, 8 * size)])
+
+    what = "dense tensors of the dtypes that no part has"
+    yield with_tensors("files/dtypes-dense", what, "F3", {**PARTS, **dense}, [ITEM], change=retype)
 
 
 def _headers() -> Iterator[Draft]:
@@ -128,6 +147,12 @@ def _headers() -> Iterator[Draft]:
     )
     yield bad("overlap", "a tensor that overlaps another", "F3", change=tensor(data_offsets=[last - 5, last - 1]))
     yield bad(
+        "overlap-empty",
+        "an empty tensor within another",
+        "F3",
+        change=lambda header: header.update(none={"dtype": "F16", "shape": [0], "data_offsets": [last - 2, last - 2]}),
+    )
+    yield bad(
         "hole",
         "a byte that no tensor has",
         "F3",
@@ -154,13 +179,21 @@ def folder(name: str, what: str, rules: str, build: Callable[[Path], None], erro
     return Draft(f"files/{name}", what, tuple(rules.split()), write, "invalid" if error else "valid", error, (ITEM,))
 
 
-def config(path: Path, **keys: Any) -> None:
-    (path / "config.json").write_text(json.dumps({"quantization_config": document([ITEM]), **keys}) + "\n")
+def config(path: Path, backwards: bool = False, **keys: Any) -> None:
+    settings = document([dict(reversed(ITEM.items())) if backwards else ITEM])
+    (path / "config.json").write_text(json.dumps({"quantization_config": settings, **keys}) + "\n")
 
 
-def shards(path: Path, index: Mapping[str, str] | None = None, second: Mapping[str, Array] | None = None) -> None:
+NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def shards(
+    path: Path,
+    index: Mapping[str, str] | None = None,
+    second: Mapping[str, Array] | None = None,
+    names: tuple[str, str] = NAMES,
+) -> None:
     """The weight in one shard, the dense tensor in another, an index (changed by ``index``), a config."""
-    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     write_file(path / names[0], PARTS, None)
     write_file(path / names[1], NORM if second is None else second, None)
     weight_map = {**dict.fromkeys(PARTS, names[0]), "norm": names[1], **(index or {})}
@@ -179,6 +212,21 @@ def _folders() -> Iterator[Draft]:
         single(path, "a.safetensors")
         single(path, "b.safetensors")
 
+    def inside(path: Path) -> None:
+        write_file(path / "model.safetensors", ALL, [ITEM])
+
+    def reordered(path: Path) -> None:
+        inside(path)
+        config(path, backwards=True)
+
+    def below(path: Path) -> None:
+        (path / "weights").mkdir()
+        shards(path, names=("weights/one..safetensors", "weights/..two.safetensors"))
+
+    def unmapped(path: Path) -> None:
+        shards(path)
+        (path / "model.safetensors.index.json").write_text('{"weight_map": {}}\n')
+
     def bare(path: Path) -> None:
         single(path)
         text = (path / "config.json").read_text().replace("10000.0", "Infinity")
@@ -193,7 +241,7 @@ def _folders() -> Iterator[Draft]:
         text = (path / "config.json").read_text().replace('"rope_theta"', '"rope_theta": 1, "rope_theta"')
         (path / "config.json").write_text(text)
 
-    first = "model-00001-of-00002.safetensors"
+    first = NAMES[0]
     yield folder("folder", "config.json and model.safetensors", "F1 F2", single)
     yield folder(
         "folder-other-name",
@@ -208,6 +256,17 @@ def _folders() -> Iterator[Draft]:
         "F2",
         lambda p: single(p, inside=True),
     )
+    yield folder("folder-no-config", "no config.json: the manifest in the header counts", "F2", inside)
+    yield folder("folder-key-order", "two manifests that differ in the order of their keys", "F2", reordered)
+    yield folder("folder-below", "shards in a folder within, two dots in their names", "F7", below)
+    yield folder(
+        "invalid-no-manifest",
+        "no manifest at all",
+        "F2",
+        lambda p: write_file(p / "a.safetensors", ALL, None),
+        "damaged",
+    )
+    yield folder("invalid-index-empty", "an index that names nothing", "F1", unmapped, "damaged")
     yield folder("folder-infinity", "a bare Infinity in config.json, as Python reads it", "F2", bare)
     yield folder(
         "invalid-manifests-differ",

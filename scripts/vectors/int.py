@@ -179,6 +179,7 @@ def _invalid() -> Iterator[Draft]:
     yield bad("block-zero", "a block of no columns", "C2", term(4, (1, 0)))
     yield bad("block-minus-2", "a block of -2 rows", "C2", term(4, (-2, 8)))
     yield bad("view-size", "a view with another number of elements", "C3", term(4, view=[4, 17]))
+    yield bad("view-negative", "a view of negative sizes whose product is right", "C3", term(4, view=[-4, -16]))
     yield bad("zero-infinite", "an infinite zero", "M4 int-8", term(4, zero=float("inf")))
     for name, part, value in (("scale-nan", "scales", "nan"), ("scale-infinite", "scales", "inf")):
         scales = np.full((4, 2), 0.5, np.float16)

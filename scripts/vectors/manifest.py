@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,13 @@ def _valid() -> Iterator[Draft]:
         "manifest/unknown-top-level", "keys of the top level that no version knows", "M2", ["w"], ["w"], **extra
     )
 
+    counted = {"tensors": 3, "consumed": 1, "passed": 1, "left_out": ["rope"]}
+    yield several("manifest/source", "where tensors went", "M11", ["w"], ["w"], provenance={"source": counted})
+    counted["passed"] = 2
+    what = "counts that do not add up, which a reader may leave unchecked"
+    wrong = several("manifest/source-counts", what, "M11", ["w"], ["w"], provenance={"source": counted})
+    yield replace(wrong, group="optional", error="damaged")
+
 
 def _parts() -> Iterator[Draft]:
     item = entry(INT, SHAPE)
@@ -103,9 +111,17 @@ def _versions() -> Iterator[Draft]:
     yield bad("method", "another quant_method", "M1", quant_method="gptq")
     yield bad("entries", "entries that are no list", "M4", entries={"0": item})
     yield bad("aliases", "an alias of a number", "M6", aliases={"a": 1})
+    yield bad("alias-unknown", "an alias of no weight", "M6", aliases={"a": "b"})
+    yield bad("alias-alias", "an alias of an alias", "M6", aliases={"a": NAME, "b": "a"})
+    yield bad("alias-tensor", "an alias with the name of a part", "M6 P3", aliases={f"{NAME}_codes": NAME})
+    counts = {"tensors": 1, "consumed": 1, "passed": 0, "left_out": []}
+    yield bad("source", "a source without its counts", "M11", provenance={"source": {"tensors": 1}})
+    yield bad("source-key", "a source with a key more", "M11", provenance={"source": {**counts, "lost": 0}})
+    tensors = {f"{NAME}_{part}": array for part, array in fill("manifest/twice", item).items()}
+    bare = json.dumps({"quant_method": "qformat", "entries": [item]})
+    yield with_tensors("manifest/invalid-version-absent", "no version", "M1", tensors, bare, error="unsupported")
     text = json.dumps({"quant_method": "qformat", "version": "0.1", "entries": [item]})
     twice = text.replace('"bits": 4', '"bits": 4, "bits": 4')
-    tensors = {f"{NAME}_{part}": array for part, array in fill("manifest/twice", item).items()}
     yield with_tensors(
         "manifest/invalid-key-twice", "a key twice, with equal values", "F4", tensors, twice, error="damaged"
     )
@@ -135,6 +151,7 @@ def _entries() -> Iterator[Draft]:
     yield bad("stack-too-deep", "a stack of one axis that leaves one", "M7", stack=1)
     yield bad("transposed-conv", "a transposed weight with two axes after out", "M7", shape=[3, 4, 2], transposed=True)
     yield bad("stored-smaller", "a stored_shape smaller than shape", "M8", stored_shape=[3, 7])
+    yield bad("stored-conv", "a stored_shape of a convolution", "M8", shape=[3, 4, 2], stored_shape=[3, 4, 2])
     yield bad("stored-rank", "a stored_shape with an axis more", "M8", stored_shape=[1, 3, 8])
     yield bad(
         "stored-stack", "a stored_shape that pads the stack", "M8", shape=[1, 3, 8], stack=1, stored_shape=[2, 3, 8]
@@ -161,18 +178,20 @@ def _names() -> Iterator[Draft]:
 def _concat() -> Iterator[Draft]:
     whole = ["l.{0..1}.gate_up"]
     pieces = [{"weights": ["l.{0..1}.gate"], "rows": 1}, {"weights": ["l.0.up", "l.1.up"], "rows": 2}]
+    gate, up = pieces
     item = {**entry(INT, SHAPE), "weights": whole, "concat": pieces}
 
     def tensors(name: str, of: dict[str, Any]) -> dict[str, Any]:
         like = {key: value for key, value in of.items() if key != "concat"}
-        return {f"l.{i}.gate_up_{part}": a for i in range(2) for part, a in fill(f"{name}/{i}", like).items()}
+        each = enumerate(names.expand(of["weights"], 9))
+        return {f"{weight}_{part}": a for i, weight in each for part, a in fill(f"{name}/{i}", like).items()}
 
-    def case(name: str, what: str, of: dict[str, Any], **keys: Any) -> Draft:
+    def case(name: str, what: str, of: dict[str, Any], rules: str = "M9", **keys: Any) -> Draft:
         held = tensors(name, of)
         return Draft(
             name,
             what,
-            ("M9",),
+            tuple(rules.split()),
             lambda folder: write_file(folder / "input.safetensors", held, [of]),
             entries=(of,),
             **keys,
@@ -180,6 +199,13 @@ def _concat() -> Iterator[Draft]:
 
     yield case("manifest/concat", "two weights, each with two of the model's in it", item)
     turned = {**item, "rotation": {"out": {"scale": "float16"}, "in": {"size": 8}}}
+    placed = [{**gate, "weights": ["{0..1}.{0..1}.gate"]}, {**up, "weights": ["up.d", "up.c", "up.b", "up.a"]}]
+    order = {**item, "weights": ["l.{0..1}.{0..1}.gate_up"], "concat": placed}
+    yield case(
+        "manifest/concat-order", "names of two ranges belong with those in the same place of a list", order, "M5 M9"
+    )
+    stacked = {**item, "shape": [3, 2, 8], "stack": 1}
+    yield case("manifest/concat-stack", "matrices of a stack are the model's, one and two", stacked)
     yield case("manifest/concat-rotated", "weights of the model within rotated ones", turned, tolerance=WIDE)
 
     def bad(name: str, what: str, *wrong: dict[str, Any], dense: str = "", rules: str = "M9") -> Draft:
@@ -188,7 +214,6 @@ def _concat() -> Iterator[Draft]:
         broken = [{**item, "concat": list(wrong)}]
         return with_tensors(f"manifest/invalid-concat-{name}", what, rules, held, broken, error="damaged")
 
-    gate, up = pieces
     yield bad("rows", "pieces of fewer rows than the weight", gate, {**up, "rows": 1})
     yield bad("rows-zero", "a piece of no rows", {**gate, "rows": 0}, {**up, "rows": 3}, rules="M4 M9")
     yield bad("count", "a piece with fewer names than there are weights", gate, {**up, "weights": ["l.0.up"]})
@@ -200,17 +225,17 @@ def _concat() -> Iterator[Draft]:
 
 def _pieces() -> Iterator[Draft]:
     """A weight in pieces of other bits; one whose matrices were packed one by one; what none may be."""
-    table = {"codec": "table", "bits": 4, "table": "nf4", "block": [1, 8], "scales": "float32"}
-    first, second = {**entry(INT, (3, 16)), "weights": ["w.0"]}, {**entry(table, (2, 16)), "weights": ["w.1"]}
+    finer = {"codec": "int", "bits": 8, "block": [1, 8], "scales": "float32", "zeros": "uint8"}
+    first, second = {**entry(INT, (3, 16)), "weights": ["w.0"]}, {**entry(finer, (2, 16)), "weights": ["w.1"]}
     whole = {
         "weights": ["w"],
         "shape": [5, 16],
         "dtype": "float16",
         "pieces": [{"weights": ["w.0"]}, {"weights": ["w.1"]}],
     }
-    yield _composed("rows", "rows of 4-bit integers above rows of NF4", [whole, first, second], slices=ROWS)
+    yield _composed("rows", "rows of 4 bits above rows of 8", [whole, first, second], slices=ROWS)
     beside = [{**whole, "shape": [3, 24], "axis": 1}, first, {**second, "shape": [3, 8]}]
-    yield _composed("columns", "columns of 4-bit integers beside columns of NF4", beside, slices=COLUMNS)
+    yield _composed("columns", "columns of 4 bits beside columns of 8", beside, slices=COLUMNS)
     experts = [
         {**whole, "weights": ["l.{0..1}.e"], "shape": [2, 3, 8], "pieces": [{"weights": ["l.{0..1}.e.0"]}]},
         {**first, "weights": ["l.{0..1}.e.0", "l.1.e.1", "l.0.e.1"], "shape": [1, 3, 8], "stack": 1},
@@ -219,7 +244,8 @@ def _pieces() -> Iterator[Draft]:
     yield _composed("stack", "two weights of two matrices each, packed one by one", experts)
     turned = [whole, {**first, "rotation": {"in": {"size": 8}}}, second]
     yield _composed("rotated", "a piece within a rotation beside one without", turned, tolerance=WIDE)
-    odd = {**second, "terms": [{**table, "bits": 9, "table": "float16"}]}
+    scales = {**finer, "scales": {**finer, "scales": finer}}
+    odd = {**second, "terms": [scales]}
     yield _composed("optional", "a piece that a decoder may refuse", [whole, first, odd], group="optional", rules="O1")
 
     def bad(name: str, what: str, changes: dict[str, Any], *more: dict[str, Any], **keys: Any) -> Draft:

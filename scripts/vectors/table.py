@@ -166,6 +166,13 @@ def _scales() -> Iterator[Draft]:
             (4, 24),
         )
     yield packed(
+        "table/rounding-once-no-scales",
+        "an entry rounded once to bfloat16",
+        "table-5",
+        term("nf4", rounding="once", round_dtype="bfloat16"),
+        (2, 16),
+    )
+    yield packed(
         "table/slices",
         "pairs of 6 bits: eight columns are three bytes",
         "V10",

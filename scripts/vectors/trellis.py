@@ -67,6 +67,9 @@ def _codes() -> Iterator[Draft]:
         yield packed(
             f"trellis/{code}-multiplier", f"code {code} with a multiplier of its own", f"trellis-{rule}", params, SMALL
         )
+    empty = term("mul1", 2, shift=0, taps=[], index=[], additive=False, table=None)
+    what = "params of other codes, all at their defaults: none is given"
+    yield packed("trellis/defaults", what, "M4 trellis-9 trellis-14", empty, SMALL)
     yield packed("trellis/hyb", "code hyb, the named table", "trellis-10", hyb("hyb-q9", 9), SMALL)
     yield packed(
         "trellis/hyb-stored",
@@ -236,6 +239,7 @@ def _invalid() -> Iterator[Draft]:
     yield bad("tile-too-large", "a tile of 128 x 64", {"tile": [128, 64], "order": " ".join(_bits(128, 64))})
     yield bad("tile-too-small", "a tile of 4 x 4", {"tile": [4, 4], "order": " ".join(_bits(4, 4))})
     yield bad("order-twice", "a bit of the row twice", {"order": "c0 c1 c2 c3 r0 r1 r2 r2"})
+    yield bad("order-spaces", "an order with two spaces between two bits", {"order": "c0  c1 c2 c3 r0 r1 r2 r3"})
     yield bad("order-short", "an order of seven bits for 256 elements", {"order": "c0 c1 c2 c3 r0 r1 r2"})
     yield bad(
         "half-a-byte", "a bit string of 33 bits", {"tile": [4, 8], "order": "c0 c1 c2 r0 r1", "bits": [1] * 31 + [2]}

@@ -9,7 +9,7 @@ import numpy as np
 from .case import WIDE, Draft, entry, packed, refused
 
 INT = {"codec": "int", "bits": 4, "block": [1, 8], "zero": 8}
-GRID = {"codec": "table", "bits": 4, "p": 2, "table": "higgs-p2-n16", "block": [1, -1], "scales": "float16"}
+ROWS = {"codec": "int", "bits": 3, "block": [1, -1], "offsets": "bfloat16"}
 TRELLIS = {
     "codec": "trellis",
     "L": 16,
@@ -34,9 +34,9 @@ def _sums() -> Iterator[Draft]:
     for dtype in ("float32", "float16", "bfloat16"):
         yield packed(
             f"values/sum-{dtype}",
-            f"three terms of three codecs, the sum rounded to {dtype} after each addition",
+            f"three terms of two codecs, the sum rounded to {dtype} after each addition",
             "P1 V1 V2",
-            [INT, GRID, TRELLIS],
+            [INT, ROWS, TRELLIS],
             shape,
             sum_dtype=dtype,
             slices=[(0, 0, 16)],
@@ -53,7 +53,7 @@ def _sums() -> Iterator[Draft]:
         "values/outside",
         "a term outside: without a rotation it is added last",
         "V3",
-        [{**INT, "outside": True}, GRID, INT],
+        [{**INT, "outside": True}, ROWS, INT],
         (4, 16),
         sum_dtype="float16",
     )
@@ -61,10 +61,19 @@ def _sums() -> Iterator[Draft]:
         "values/outside-rotation",
         "a term that is added after the rotation is undone",
         "V3 R1",
-        [GRID, {**INT, "outside": True}],
+        [ROWS, {**INT, "outside": True}],
         (4, 16),
         rotation={"in": {"size": 16, "scale": "float16"}},
         tolerance=WIDE,
+    )
+    yield packed(
+        "values/outside-no-side",
+        "a rotation without sides is none: a term outside is added last, and rounded to float16",
+        "V3",
+        [{**INT, "outside": True}, ROWS, INT],
+        (4, 16),
+        sum_dtype="float16",
+        rotation={"in": None},
     )
 
 
@@ -73,7 +82,7 @@ def _packed_parts() -> Iterator[Draft]:
         "values/packed-scales",
         "scales that are packed themselves, 8 bits with an offset (double quantization)",
         "V4",
-        {"codec": "table", "bits": 4, "p": 1, "table": "nf4", "block": [1, 8], "scales": NESTED},
+        {**INT, "scales": NESTED},
         (6, 32),
         slices=[(0, 2, 4), (0, 1, 3, "unsupported"), (1, 8, 24)],
     )
@@ -121,7 +130,7 @@ def _packed_parts() -> Iterator[Draft]:
         "values/packed-second-term",
         "packed scales of one term of two",
         "P1 V4",
-        [GRID, {**INT, "scales": NESTED}],
+        [ROWS, {**INT, "scales": NESTED}],
         (4, 16),
     )
 
@@ -137,7 +146,7 @@ def _axes() -> Iterator[Draft]:
         slices=[(0, 1, 3), (1, 2, 4), (2, 8, 12)],
     )
     yield packed(
-        "values/stack-2", "two leading axes", "V5", GRID, (2, 3, 4, 12), stack=2, slices=[(1, 1, 2), (2, 0, 2)]
+        "values/stack-2", "two leading axes", "V5", ROWS, (2, 3, 4, 12), stack=2, slices=[(1, 1, 2), (2, 0, 2)]
     )
     per = {"codec": "table", "bits": 2, "p": 1, "table": "float16"}
     yield packed(
