@@ -112,7 +112,7 @@ def pull(repo: str, target: str | Path, *, everything: bool = False, overwrite: 
     its checksums, which is then fetched anew the next time.
     """
     name, target = sources.parse(repo), Path(target)
-    with staged(target, overwrite) as folder:
+    with staged(target, overwrite) as (folder, _):
         fetched = sources.fetch(name, everything)
         try:
             opened = checkpoint.open(fetched.folder)
