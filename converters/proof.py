@@ -84,6 +84,7 @@ def prove(source: Checkpoint, plan: Plan, scheme: str, target: str, folder: Path
     written = checkpoint.open(folder)
     again = {} if target in ("qformat", "dense") else {item.name: item for item in read(written)[0].items}
     authors = formula(scheme)
+    claims: dict[str, Callable[[Item, Rows | None, Checkpoint], Claim]]
     claims = {"qformat": _packed, "dense": functools.partial(_dense, _pieces(plan))}
     claim = claims.get(target, functools.partial(_exported, again))
 
@@ -138,7 +139,7 @@ def _differs(wanted: Array, found: Array, dtype: Any, close: bool) -> tuple[int,
     a, b = (array[places].astype(dtype) for array in (wanted, found))
     differ = (a != b) & ~(np.isnan(a) & np.isnan(b))
     if close:
-        last = float(ml_dtypes.finfo(dtype).eps)
+        last = float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
         a, b = a.astype(np.float64), b.astype(np.float64)
         differ &= ~(np.abs(a - b) <= last * (np.abs(a) + last * np.abs(wanted).max(initial=0)))  # what cancels, too
     first = np.flatnonzero(differ)[:1]
@@ -156,9 +157,9 @@ def _dense(pieces: Mapping[str, Place], item: Item, formula: Rows | None, writte
     """The tensor; the tensors that lie in the stored weight; or the part of one that it is."""
     entry = _entry(item)
     names = list(manifest.members({item.name: entry}))
-    whole, at = pieces.get(item.name, Place(names[0] if names else item.name))
-    tensor = np.concatenate([written.array(name) for name in names]) if names else written.array(whole)[at]
-    return _model(item, formula, laid(entry, tensor), written.tensors[whole].dtype)
+    place = pieces.get(item.name, Place(names[0] if names else item.name))
+    tensor = np.concatenate([written.array(name) for name in names]) if names else written.array(place.whole)[place.at]
+    return _model(item, formula, laid(entry, tensor), written.tensors[place.whole].dtype)
 
 
 def _exported(again: Mapping[str, Item], item: Item, formula: Rows | None, written: Checkpoint) -> Claim:

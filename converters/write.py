@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,7 +152,7 @@ def _specs(items: Iterable[Item]) -> dict[str, Spec]:
     return specs
 
 
-def _made(pool: ThreadPoolExecutor, items: Iterable[Item]) -> Iterator[tuple[Item, Mapping[str, Array]]]:
+def _made(pool: ThreadPoolExecutor, items: Iterable[Item]) -> Generator[tuple[Item, Mapping[str, Array]], None, None]:
     """Items made in the pool, in order, a few ahead of the writer and no more: memory stays bounded by those."""
     ahead = pool._max_workers + 1
     waiting: deque[tuple[Item, Future[dict[str, Array]]]] = deque()
