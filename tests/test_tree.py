@@ -45,6 +45,7 @@ LIBRARIES = {
     "qformat.converters.card": ("", "huggingface_hub"),
     "qformat.runtime": ("torch", ""),
     "qformat.runtime.huggingface": ("transformers", ""),
+    "qformat.runtime.places": ("transformers", ""),
     "qformat.runtime.evaluate": ("", "transformers tokenizers"),
     "qformat.runtime.ort": ("onnx onnxruntime onnxscript", "transformers"),
 }
