@@ -84,7 +84,7 @@ def _job(source: Checkpoint, plan: Plan, specs: Sequence[Mapping[str, Spec]], co
     written and by which version.
     """
     read = sorted({*source.weight_files, *source.path.glob("*.json")})
-    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read if path.is_file()]
     facts = [qformat.__version__, str(source.path.resolve()), found, plan.scheme, list(map(dict, specs)), config]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

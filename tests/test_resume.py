@@ -182,6 +182,7 @@ def interrupted(source: Path, target: Path, after: int, error: BaseException, **
 
 def test_what_is_finished_is_not_made_again(tmp_path: Path) -> None:
     source = model(tmp_path / "s", 8)
+    (source / "gone.json").symlink_to("nowhere")
     interrupted(source, tmp_path / "t", 5, KeyboardInterrupt())
     assert sorted(os.listdir(tmp_path / PARTIAL)) == ["journal", "model"]
     seen: list[tuple[int, int, str]] = []
