@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,14 @@ def _attach(graph: ir.Graph, opened: Checkpoint, places: Mapping[str, str]) -> N
         if tensor.dtype != value.dtype:
             tensor = _cast(graph, tensor, value)
         ir.convenience.replace_all_uses_with(value, tensor)
+    times = Counter[str]()
     for node in graph:
         if node.domain == DOMAIN:
             name = node.attributes["weight"].as_string()
             node.name = f"{node.op_type}/{name}"
+            times[node.name] += 1
+            if times[node.name] > 1:  # layers that share a weight
+                node.name += f"/{times[node.name]}"
             parts = [_external(graph, opened, f"{name}_{part.name}") for part in weight.layout(opened[name].entry)]
             node.resize_inputs(1 + len(parts))
             for number, part in enumerate(parts, 1):

@@ -120,20 +120,28 @@ def stored(graph: Any) -> list[str]:
     return [tensor.name for tensor in graph.initializer if tensor.external_data]
 
 
-def test_a_head_and_names_of_long_ago(tmp_path: Path) -> None:
-    """Names of the checkpoint are brought to the model's as transformers does it."""
-    model = bert("BertForSequenceClassification", num_labels=3, num_hidden_layers=1)
-    packed = packed_model(tmp_path / "packed", model)
+def test_a_head_and_other_names(tmp_path: Path) -> None:
+    """Names of long ago, or without the base model's prefix, are brought to the model's as transformers does it."""
+    packed = packed_model(tmp_path / "packed", bert("BertForSequenceClassification", num_labels=3, num_hidden_layers=1))
     exact = of_torch(models.exact(packed), feeds())
     opened = qformat.open(packed)
-    old = {name: name.replace("LayerNorm.weight", "LayerNorm.gamma") for name in opened.dense}
-    dense = {old[name]: opened.array(name) for name in old}
-    renamed = folder(tmp_path / "renamed", opened, dense, json.loads((packed / "config.json").read_text()))
-    assert old.keys() != dense.keys()
+    weights = {name.removeprefix("bert."): opened[name] for name in opened}
+    dense = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): opened.array(name) for name in opened.dense}
+    assert not weights.keys() & set(opened) and dense.keys() != set(opened.dense)
+    renamed = folder(tmp_path / "renamed", weights, dense, json.loads((packed / "config.json").read_text()))
     qformat.export(renamed, tmp_path / "out")
     run = session(tmp_path / "out")
     assert [o.name for o in run.get_outputs()] == list(exact) == ["logits"]
     check(run.run(None, feeds()), exact)
+
+
+def test_layers_that_share_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.AlbertModel(transformers.AlbertConfig(**SIZES, embedding_size=32))
+    packed = packed_model(tmp_path / "packed", model.eval())
+    qformat.export(packed, tmp_path / "out")
+    found = session(tmp_path / "out").run(None, feeds())
+    check(found, of_torch(models.exact(packed), feeds()))
 
 
 def test_token_types_where_there_are_some() -> None:
