@@ -53,6 +53,7 @@ def session(path: str | Path, mode: str | None = None, options: Any = None) -> A
             made = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own have no base in common
         why = str(error).strip().splitlines()[0].rpartition(" : ")[2]
+        why = why.rpartition(") ")[2] if "/onnxruntime_src/" in why else why  # the place in its source
         hint = "the library was registered in these options already" if "Domain already" in why else ""
         raise UnsupportedError(
             f"a model that ONNX Runtime {onnxruntime.__version__} takes", why, file=file, hint=hint
