@@ -44,8 +44,7 @@ class Pieces(NamedTuple):
     of: tuple[tuple[nn.Module, str], ...]
     axis: int
     dtype: torch.dtype
-
-    held = False
+    held: bool = False  # as of :class:`Info`
 
     def _each(self) -> list[tuple[nn.Module, Info]]:
         return [(owner, owner.packed[name]) for owner, name in self.of]  # type: ignore[index, misc]
