@@ -24,7 +24,7 @@ from qformat import blocks, codecs
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UnsupportedError
 
-ABI = 7  # of kernels/cpu/qformat.h
+ABI = 8  # of kernels/cpu/qformat.h
 OK, UNSUPPORTED, NO_MEMORY = 0, -1, -2
 VARIANTS = ("avx512", "avx2", "scalar")
 SUFFIXES = (".so", ".pyd", ".dylib")
@@ -66,6 +66,7 @@ SIGNATURES: dict[str, list[Any]] = {
         *(c_int32, c_int32, c_void_p, c_void_p),
     ],
     "qf_e8p_search": [c_void_p, c_int64, c_int64, c_void_p, c_int32, c_void_p],
+    "qf_permute": [c_void_p] * 6,
 }
 
 

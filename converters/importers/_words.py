@@ -6,7 +6,6 @@ A stream is qformat's own order of bits (:mod:`qformat.bits`), since the words a
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +13,11 @@ import numpy as np
 from qformat import bits as fields
 from qformat.dtypes import Array
 
-BLOCK = 32  # codes of b bits fill exactly b words, whatever b is
-CHUNK = 1 << 12  # blocks whose planes are joined at a time: stays in the cache
+from ._permute import BLOCK, numbers, permutation, permute
+
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # widths, low plane first; 2, 4 and 8 bits are a stream
+ORDERS = {2: range(16), 4: (0, 4, 1, 5, 2, 6, 3, 7), 8: range(4)}  # AWQ: where in a word the code of each row lies
+TILE = 16  # words in a cache line
 
 
 def sizes(count: int, bits: int, planar: bool) -> set[int]:
@@ -27,7 +28,7 @@ def sizes(count: int, bits: int, planar: bool) -> set[int]:
 
 def unpack(words: Array, bits: int, count: int, planar: bool) -> Array:
     """int32 [rows, words] -> codes, uint8 [rows, count]."""
-    codes = _stream(np.ascontiguousarray(words), bits, planar)
+    codes = _joined(words.T, bits) if planar else np.ascontiguousarray(words).view(np.uint8)
     return fields.unpack(codes[:, : fields.row_bytes(count, bits)], bits, count)
 
 
@@ -36,45 +37,40 @@ def repack(words: Array, bits: int, count: int, planar: bool) -> tuple[Array, bo
 
     And whether there is anything but zeros beyond the last of them.
     """
-    codes = _stream(transposed(words), bits, planar)
+    codes = _joined(words, bits) if planar else transposed(words).view(np.uint8)
     byte, bit = divmod(count * bits, 8)
     beyond = codes[:, byte:].any() if bit == 0 else (codes[:, byte] >> bit).any() or codes[:, byte + 1 :].any()
     return codes[:, : fields.row_bytes(count, bits)], bool(beyond)
 
 
-def _stream(words: Array, bits: int, planar: bool) -> Array:
-    """int32 [rows, words] -> uint8 [rows, 4 * words]: a stream as it is, planes brought together."""
-    if not planar:
-        return words.view(np.uint8)
-    blocks = words.view(np.uint8).reshape(-1, 4 * bits)
-    out = np.empty((len(blocks), BLOCK // 8, bits), np.uint8)
-    for start in range(0, len(blocks), CHUNK):
-        out[start : start + CHUNK] = _joined(blocks[start : start + CHUNK], bits)
-    return out.reshape(len(words), -1)
+def _joined(words: Array, bits: int) -> Array:
+    """int32 [words, columns], bit planes down the columns -> uint8 [columns, 4 * words], streams."""
+    tops = np.cumsum([0, *PLANES[bits]])
+    planes = [numbers(32 * bits)[32 * top : 32 * (top + width)] for top, width in zip(tops, PLANES[bits], strict=False)]
+    rule = permutation(np.concatenate([plane.reshape(BLOCK, -1) for plane in planes], axis=1))
+    out = np.empty(words.shape, np.uint32)
+    blocks = (len(words) // bits, bits, words.shape[1])
+    permute(rule, words.reshape(blocks).swapaxes(0, 1), out.reshape(blocks).swapaxes(0, 1))
+    return transposed(out).view(np.uint8)
 
 
-def _joined(blocks: Array, bits: int) -> Array:
-    """Planes of 32 codes, uint8 [blocks, 4 * bits] -> streams of 8 codes, uint8 [blocks, 4, bits]."""
-    eight = np.zeros((len(blocks), BLOCK // 8), np.uint64)
-    start = shift = 0
-    for width in PLANES[bits]:
-        plane = blocks[:, start : start + 4 * width].reshape(*eight.shape, width)
-        for byte in range(width):
-            eight |= _spread(width, bits)[plane[..., byte]] << np.uint64(shift + byte * (8 // width) * bits)
-        start, shift = start + 4 * width, shift + width
-    return eight.view(np.uint8).reshape(*eight.shape, 8)[..., :bits]
+def turned(words: Array, bits: int) -> Array:
+    """AWQ's gemm, int32 [columns, words], each with codes of several rows -> uint8 [rows, row bytes], qformat's codes.
+
+    ``bits``: those of ORDERS.
+    """
+    count = 32 // bits
+    cols, width = words.shape
+    lines = -(-cols // count)
+    if cols % count:
+        words = np.concatenate([words, np.zeros((lines * count - cols, width), words.dtype)])
+    rule = permutation(numbers(count, count, bits)[:, ORDERS[bits]].swapaxes(0, 1))
+    out = np.empty((lines, width, count), np.uint32)
+    permute(rule, words.reshape(lines, count, width).swapaxes(0, 1), np.moveaxis(out, -1, 0))
+    return transposed(out.reshape(lines, -1)).view(np.uint8)[:, : fields.row_bytes(cols, bits)]
 
 
-@functools.cache
-def _spread(width: int, bits: int) -> Array:
-    """For each byte of a plane, its fields of ``width`` bits set ``bits`` apart: uint64 [256]."""
-    byte, mask = np.arange(256, dtype=np.uint64), np.uint64((1 << width) - 1)
-    fields_apart = [(byte >> np.uint64(k * width) & mask) << np.uint64(k * bits) for k in range(8 // width)]
-    out: Array = np.bitwise_or.reduce(fields_apart)
-    return out
-
-
-def transposed(matrix: Array, tile: int = 16) -> Array:
+def transposed(matrix: Array, tile: int = TILE) -> Array:
     """A contiguous copy of ``matrix.T``, a cache line of words at a time: a plain copy misses the cache on each."""
     rows, cols = matrix.shape
     out = np.empty((cols, rows), matrix.dtype)
@@ -111,27 +107,34 @@ def _ones(bits: int) -> np.uint32:
 
 
 def in_order(codes: Array) -> Array:
-    """AWQ's codes, in runs of 8 along the last axis stored as 0 2 4 6 1 3 5 7, in their own order."""
-    runs = codes.reshape(-1, 8)
-    return runs[:, [0, 4, 1, 5, 2, 6, 3, 7]].reshape(codes.shape)
+    """AWQ's codes of 4 bits along the last axis in their own order."""
+    return codes.reshape(-1, 8)[:, ORDERS[4]].reshape(codes.shape)
 
 
 def gemv_fast_codes(words: Array) -> Array:
-    """AWQ's gemv_fast, int16 [out / 4, in] -> codes, uint8 [out, in]: four rows a block, 64 columns a run."""
-    blocks, cols = words.shape
-    stored = fields.unpack(words.view(np.uint8), 4, 4 * cols).reshape(blocks, cols // 64, 4, 2, 4, 2, 4)
-    runs = stored.swapaxes(-1, -2).reshape(blocks, cols // 64, 4, 2, 4, 4, 2)  # ..., row, half, then 32 columns
-    plain = runs.swapaxes(-2, -3).reshape(blocks, cols // 64, 4, 64)
-    return np.ascontiguousarray(plain.swapaxes(1, 2)).reshape(4 * blocks, cols)
+    """AWQ's gemv_fast, int16 [out / 4, in] -> qformat's codes, uint8 [out, in / 2]. Four rows a block, 64 columns a
+    run.
+    """
+    blocks, runs = len(words), words.shape[1] // 64
+    rule = permutation(numbers(4, 2, 4, 2, 4, 4).transpose(0, 1, 4, 2, 3, 5))  # row, half, then 32 columns
+    source = words.view(np.uint32).reshape(blocks, runs, 32)
+    out = np.empty((blocks, 4, runs, 8), np.uint32)
+    permute(rule, np.moveaxis(source, -1, 0), out.transpose(1, 3, 0, 2))
+    return out.view(np.uint8).reshape(4 * blocks, -1)
 
 
 def marlin_codes(words: Array) -> Array:
-    """Marlin's ``B``, int32 [in / 16, 2 * out] -> codes, uint8 [out, in]."""
-    stored = fields.unpack(words.view(np.uint8), 4, 8 * words.shape[1]).reshape(-1, 1024)
-    plain = np.empty_like(stored)
-    plain[:, _marlin_order()] = stored
-    tiles = plain.reshape(len(words), words.shape[1] // 32, 16, 16)  # tile of rows, tile of columns, row, column
-    return np.ascontiguousarray(tiles.transpose(1, 3, 0, 2)).reshape(words.shape[1] // 2, 16 * len(words))
+    """Marlin's ``B``, int32 [in / 16, 2 * out] -> qformat's codes, uint8 [out, in / 2].
+
+    A word holds what thread t of a tensor core does in a tile of 16 x 16: with r = t modulo 4 the rows 2 r, 2 r + 1 and
+    these plus 8, of the columns t / 4 and that plus 8. Four tiles lie side by side.
+    """
+    tiles, runs = len(words), words.shape[1] // 128
+    rule = permutation(numbers(4, 2, 2, 2, 4).transpose(2, 3, 0, 1, 4))  # pair of rows; one of it, column's 8, row's 8
+    out = np.empty((tiles, runs, 4, 2, 8, 2), np.uint32)  # ..., tile, column's 8, column; row's 8
+    stored = words.reshape(tiles, runs, 8, 4, 4)  # ..., column, pair of rows, tile
+    permute(rule, stored.transpose(3, 0, 1, 2, 4), out.transpose(3, 5, 0, 1, 4, 2))
+    return transposed(out.view(np.uint64).reshape(tiles, -1), TILE // 2).view(np.uint8)
 
 
 def marlin_scales(stored: Array) -> Array:
@@ -144,13 +147,3 @@ def marlin_scales(stored: Array) -> Array:
     plain = np.empty_like(runs)
     plain[:, order] = runs
     return plain.reshape(stored.shape)
-
-
-def _marlin_order() -> Array:
-    """Where each of 1024 stored codes lies in four 16 x 16 tiles: the registers of a tensor core, read lane by lane."""
-    lanes = []
-    for lane in range(32):
-        rows = [2 * (lane % 4), 2 * (lane % 4) + 1, 2 * (lane % 4 + 4), 2 * (lane % 4 + 4) + 1]
-        held = [16 * row + lane // 4 + 8 * half for half in (0, 1) for row in rows]
-        lanes += [place + 256 * tile for tile in range(4) for place in held]
-    return np.array(lanes).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].ravel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from qformat.manifest import Entry
 from ..plan import Item, Plan, passed
 from . import _common as common
 from ._common import Module
+from ._permute import pack
 
 NAME = "aqlm"
 PARTS = ("codes", "codebooks", "scales", "bias")
 TRAINING = ("scales_clusters", "scales_indices")  # of checkpoints from before the conversion, as codes in int32 are
 SKIPPED = "linear_weights_not_to_quantize"
-AT_ONCE = 1 << 20  # codes that are re-packed at a time
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,9 @@ def _codes(layer: Layer) -> Array:
     if params.bits in (8, 16):  # their own bits
         return np.ascontiguousarray(codes).view(np.uint8).reshape(rows, cols, -1)
     part = additive.layout(params, layer.shape)[0]
-    out = np.empty(part.shape, np.uint8)
-    step = max(1, AT_ONCE // (cols * params.books))
-    for top in range(0, rows, step):
-        here = codes[top : top + step] & (2 * middle - 1)
-        shape = len(here) * params.group[0], layer.shape[1]
-        out[top : top + step] = additive.pack(params, shape, here)
-    return out
+    stream = pack((np.ascontiguousarray(codes) & (2 * middle - 1)).reshape(rows, -1), params.bits)
+    if stream.size == math.prod(part.shape):
+        return stream.reshape(part.shape)
+    out = np.zeros((rows, math.prod(part.shape[1:])), np.uint8)
+    out[:, : stream.shape[1]] = stream
+    return out.reshape(part.shape)

@@ -312,11 +312,12 @@ def _codes(layer: Layer) -> Array:
     if layer.form == "gemv":  # qformat's own order
         return np.ascontiguousarray(stored).view(np.uint8)
     if layer.form == "gemv_fast":
-        return fields.pack(words.gemv_fast_codes(stored), 4)
+        return words.gemv_fast_codes(stored)
     if layer.form == "marlin":
-        return fields.pack(words.marlin_codes(stored), 4)
-    codes = words.unpack(stored, layer.bits, layer.rows, False)
-    return fields.pack(words.transposed(words.in_order(codes) if layer.bits == 4 else codes), layer.bits)
+        return words.marlin_codes(stored)
+    if layer.bits in words.ORDERS:
+        return words.turned(stored, layer.bits)
+    return fields.pack(words.transposed(words.unpack(stored, layer.bits, layer.rows, False)), layer.bits)
 
 
 def _notes(source: Checkpoint, found: Sequence[Settings], packed: Sequence[Layer]) -> list[str]:

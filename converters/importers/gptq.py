@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 
-from qformat import bits as fields
 from qformat.checkpoint import Checkpoint
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, UnsupportedError
@@ -86,7 +85,7 @@ def _item(source: Checkpoint, layer: Layer) -> Item:
 def _parts(layer: Layer) -> dict[str, Array]:
     module = layer.module
     if layer.form == "marlin":
-        codes = fields.pack(words.marlin_codes(module.array("B")), layer.bits)
+        codes = words.marlin_codes(module.array("B"))
         scales = words.marlin_scales(common.check_finite(module, "s"))
     else:
         codes, beyond = words.repack(module.array("qweight"), layer.bits, layer.cols, layer.form == "planar")

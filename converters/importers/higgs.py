@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from qformat import bits as fields
 from qformat.checkpoint import Checkpoint
 from qformat.dtypes import NUMPY, Array
 from qformat.errors import DamagedError
@@ -24,6 +23,7 @@ from ..plan import Item, Plan, passed
 from . import _common as common
 from . import _roles as roles
 from ._common import Module
+from ._permute import numbers, permutation, permute
 
 NAME = "higgs"
 PARTS = ("weight", "scales", "tables", "tables2", "bias")
@@ -197,32 +197,38 @@ def _parts(layer: Layer) -> dict[str, Array]:
     words = module.array("weight")
     if not words.any():
         raise module.error("weight", "codes that differ", "0 throughout", hint=common.PARTIAL)
-    pairs = unpacked(words.view(np.uint32), bits, layer.tile)
-    table = _table(layer)
-    if layer.rules.p == 1:  # two codes, of which the even input's comes first
-        pairs = pairs >> bits | (pairs & (2**bits - 1)) << bits
-    codes = fields.pack(pairs, 2 * bits)
-    return {"codes": codes, "scales": common.check_finite(module, "scales"), "table": table[None, None]}
+    codes = relaid(words.view(np.uint32), bits, layer.tile, layer.rules.p)
+    scales, table = common.check_finite(module, "scales"), _table(layer)
+    return {"codes": codes, "scales": scales, "table": table[None, None]}
 
 
-def unpacked(words: Array, bits: int, tile: int) -> Array:
-    """uint32 [out · bits / 16, in / 2] -> the codes of each pair of inputs, the even one's above: uint8
-    [out, in / 2].
+def relaid(words: Array, bits: int, tile: int, p: int) -> Array:
+    """uint32 [out · bits / 16, in / 2] -> qformat's codes, uint8 [out, in · bits / 8].
+
+    A word holds the codes of a pair of inputs, the even one's above, for 16 / bits rows, ``tile`` rows apart. With 3
+    bits three words hold them for 16 rows: five each, and two bits each of the last one.
     """
-    mask, width = 4**bits - 1, words.shape[1]
-    count = 16 if bits == 3 else 16 // bits
-    out = np.empty((len(words) * 16 // bits // count // tile, count, tile, width), np.uint8)
-    if bits != 3:
-        each, per = words.view(np.uint8).reshape(-1, tile, width, 4), 4 // bits
-        for j in range(count):
-            out[:, j] = each[..., j // per] >> (2 * bits * (j % per)) & mask
-        return out.reshape(-1, width)
-    first, others = np.split(words, [len(words) // 3])
-    three = [first.reshape(-1, tile, width), *others.reshape(-1, 2, tile, width).swapaxes(0, 1)]
-    for j in range(15):
-        out[:, j] = (three[j % 3] >> np.uint32(6 * (j // 3))).astype(np.uint8) & mask
-    out[:, 15] = sum((word >> np.uint32(30)).astype(np.uint8) << (2 * i) for i, word in enumerate(three))
-    return out.reshape(-1, width)
+    tops = [words.reshape(-1, tile, words.shape[1])]
+    if bits == 3:
+        first, others = np.split(words, [len(words) // 3])
+        others = others.reshape(-1, 2, tile, words.shape[1])
+        tops = [first.reshape(-1, tile, words.shape[1]), others[:, 0], others[:, 1]]
+    side = 16 if bits == 3 else 16 // bits  # neighbours whose codes of a row fill whole words
+    codes = numbers(len(tops), side, 32)
+    fives = [codes[..., at : at + 2 * bits] for at in range(0, 32 - 2 * bits + 1, 2 * bits)]
+    rows = [each for five in fives for each in five]  # of each row, its codes in all neighbours
+    if bits == 3:
+        rows.append(np.concatenate([*codes[..., 30:]], axis=-1))
+    order = np.stack(rows).reshape(len(rows), side, 2, bits)  # the even input's code is the upper half ...
+    order = order[:, :, ::-1] if p == 1 else order  # ... and comes first where it is one of its own
+    blocks, width = len(tops[0]), words.shape[1] // side
+    out = np.empty((blocks, len(rows), tile, width, 2 * bits * side // 32), np.uint32)
+    source = [top[..., neighbour::side] for top in tops for neighbour in range(side)]
+    target = [out[:, row, ..., word] for row in range(len(rows)) for word in range(out.shape[-1])]
+    rule = permutation(order)
+    for block in range(blocks):
+        permute(rule, [one[block] for one in source], [one[block] for one in target])
+    return out.view(np.uint8).reshape(blocks * len(rows) * tile, -1)
 
 
 def _table(layer: Layer) -> Array:

@@ -23,6 +23,7 @@ from qformat.rotation import Rotation, Side
 from ..plan import Item, Plan, passed
 from . import _common as common
 from ._common import Module
+from ._permute import numbers, permutation, permute
 
 NAME = "qtip"
 SETTINGS = "quip_params"  # of config.json; QuIP# has the same key, without a decode_mode
@@ -230,36 +231,45 @@ def _parts(layer: Layer) -> dict[str, Array]:
     trellis = module.array("trellis")
     if not trellis.any():
         raise module.error("trellis", "codes that differ", "0 throughout", hint=common.PARTIAL)
+    shift = STATE - layer.bits * layer.rules.V  # windows here begin where theirs end
     strings = (
-        kernel_strings(trellis, layer.rows, layer.cols)
+        kernel_strings(trellis, layer.rows, layer.cols, shift)
         if layer.kernel
-        else plain_strings(trellis, layer.rows * layer.cols // (high * wide))
+        else plain_strings(trellis, layer.rows * layer.cols // (high * wide), shift)
     )
-    codes = turned(strings, STATE - layer.bits * layer.rules.V)
-    parts = {"codes": codes.reshape(layer.rows // high, layer.cols // wide, -1)}
+    parts = {"codes": strings.reshape(layer.rows // high, layer.cols // wide, -1)}
     if "tlut" in module.parts:
         parts["table"] = common.check_finite(module, "tlut")
     return {**parts, "in_scale": common.check_finite(module, "SU"), "out_scale": common.check_finite(module, "SV")}
 
 
-def plain_strings(trellis: Array, tiles: int) -> Array:
+def plain_strings(trellis: Array, tiles: int, shift: int) -> Array:
     """int16 words of ``tiles`` tiles -> uint8 [tiles, bytes]: bits that were counted down from the top of the first
-    word now count up from the bottom of the last, which comes first.
+    word now count up from the bottom of the last, which comes first. Of a cyclic string bit j goes to j + ``shift``.
     """
-    return np.ascontiguousarray(trellis.reshape(tiles, -1)[:, ::-1]).view(np.uint8)
+    stored = trellis.reshape(tiles, -1)
+    if stored.shape[1] % 2 or stored.shape[1] > 512:
+        return _turned(np.ascontiguousarray(stored[:, ::-1]).view(np.uint8), shift)
+    out = np.empty_like(stored)
+    order = np.roll(numbers(stored.shape[1], 16)[::-1], shift)
+    permute(permutation(order), stored.view(np.uint32).T, out.view(np.uint32).T)
+    return out.view(np.uint8)
 
 
-def kernel_strings(trellis: Array, rows: int, cols: int) -> Array:
+def kernel_strings(trellis: Array, rows: int, cols: int, shift: int) -> Array:
     """The same for codes in the order of the CUDA kernels: bytes [row of 2 x 2 tiles, column of them, lane, column
     tile, row tile, byte], of which the lanes run backwards.
     """
     bits = 8 * trellis.nbytes // (rows * cols)
-    lanes = trellis.reshape(-1).view(f"V{bits}").reshape(rows // 32, cols // 32, LANES, 2, 2)[:, :, ::-1]
-    return np.ascontiguousarray(lanes.transpose(0, 4, 1, 3, 2)).view(np.uint8).reshape(rows * cols // 256, -1)
+    lanes = numbers(LANES, 2, 2, 8 * bits)[::-1]
+    strings = np.roll(lanes.transpose(2, 1, 0, 3).reshape(2, 2, -1), shift, axis=-1)
+    out = np.empty((rows // 32, 2, cols // 32, 2, 8 * bits), np.uint32)
+    stored = trellis.reshape(-1).view(np.uint32).reshape(rows // 32, cols // 32, -1)
+    permute(permutation(strings), np.moveaxis(stored, -1, 0), out.transpose(1, 3, 4, 0, 2))
+    return out.view(np.uint8).reshape(rows * cols // 256, -1)
 
 
-def turned(strings: Array, bits: int) -> Array:
-    """Each cyclic string with its bit j at j + ``bits``: windows here begin where theirs end."""
+def _turned(strings: Array, bits: int) -> Array:
     turned, bit = np.roll(strings, bits // 8, axis=-1), bits % 8
     return turned << bit | np.roll(turned, 1, axis=-1) >> (8 - bit) if bit else turned
 

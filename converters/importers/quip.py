@@ -26,15 +26,16 @@ from ..plan import Item, Plan, passed
 from . import _common as common
 from . import _roles as roles
 from ._common import Module
+from ._permute import numbers, permutation, permute
+from ._words import transposed
 
 NAME = "quip"
 SETTINGS = "quip_params"  # of config.json
 PARTS = ("Qidxs", "codebook_id", "SU", "SV", "Wscale", "fuse_scales", "scaleWH", "bias")
 REFUSED = ("A", "B", "ocs_dupe_inds")  # low-rank corrections and split outliers of versions that never agreed on them
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
-CHUNK = 1 << 15  # words laid out anew at a time: stays in the cache
 TILE = (16, 64)  # rows and columns that 32 words of E8P codes hold
-NIBBLES = (28, 12, 24, 8, 20, 4, 16, 0)  # where the columns of eight lie in a word of hi4b1c
+NIBBLES = (7, 3, 6, 2, 5, 1, 4, 0)  # where the columns of eight lie in a word of hi4b1c
 
 
 class Codebook(NamedTuple):
@@ -311,33 +312,25 @@ def _tiled(words: Array, shape: tuple[int, int]) -> Array:
     rows run faster than the columns.
     """
     down, across = shape[0] // TILE[0], shape[1] // TILE[1]
+    patterns, signs = np.split(numbers(64), 2)
+    codes = np.stack([signs.reshape(8, 4).T, patterns.reshape(4, 8)], axis=1)
+    rule = permutation(codes.reshape(2, 2, 16).swapaxes(0, 1))
+    out = np.empty((down, 8, 2, across, 4), np.uint32)  # tile, patch, row; tile, patch
     halves = np.ascontiguousarray(words).view(np.uint32).reshape(down, across, 8, 4, 2)
-    codes = np.empty((down, 8, 2, across, 4, 2), np.uint16)  # tile, patch, row; tile, patch, column
-    step = max(1, CHUNK // (32 * across))
-    for top in range(0, down, step):
-        here = slice(top, top + step)
-        patterns, planes = (np.ascontiguousarray(halves[here, ..., k].transpose(0, 2, 1, 3)) for k in range(2))
-        for slot in range(4):
-            bits = planes >> np.uint32(slot) & np.uint32(0x11111111)
-            for shift, ones in ((3, 0x03030303), (6, 0x000F000F), (12, 0x000000FF)):
-                bits = (bits | bits >> np.uint32(shift)) & np.uint32(ones)
-            bits |= (patterns >> np.uint32(8 * slot) & np.uint32(0xFF)) << np.uint32(8)
-            codes[here, :, slot % 2, :, :, slot // 2] = bits
-    return codes.view(np.uint8).reshape(shape[0], shape[1] // e8p.WIDTH, 2)
+    permute(rule, halves.transpose(4, 0, 2, 1, 3), out.transpose(2, 0, 1, 3, 4))
+    return out.view(np.uint8).reshape(shape[0], shape[1] // e8p.WIDTH, 2)
 
 
 def _d4(codes: Array, shape: tuple[int, int]) -> tuple[Array, ...]:
     """uint8, columns in sixteens and the rows within -> [rows, cols / 4]."""
-    grouped = np.ascontiguousarray(codes).reshape(shape[1] // 16, shape[0], 4)
-    return (np.ascontiguousarray(grouped.transpose(1, 0, 2)).reshape(shape[0], -1),)
+    grouped = np.ascontiguousarray(codes).view(np.uint32).reshape(shape[1] // 16, shape[0])
+    return (transposed(grouped).view(np.uint8),)
 
 
 def _hi4b1c(words: Array, shape: tuple[int, int]) -> tuple[Array, ...]:
     """int32 words of eight codes of four bits -> uint8 [rows, cols / 2]."""
-    found = words.view(np.uint32)
-    codes = np.zeros_like(found)
-    for column, place in enumerate(NIBBLES):
-        codes |= (found >> np.uint32(place) & np.uint32(15)) << np.uint32(4 * column)
+    codes = np.empty_like(words)
+    permute(permutation(numbers(8, 4)[NIBBLES, :]), words[None], codes[None])
     return (codes.view(np.uint8),)
 
 

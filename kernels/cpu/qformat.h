@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define QF_ABI 7  // raised with every change of this file; kernels/native.py holds the same number
+#define QF_ABI 8  // raised with every change of this file; kernels/native.py holds the same number
 
 #if defined(__cplusplus)
 #define QF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -192,3 +192,17 @@ QF_EXPORT void qf_ort_use(qf_prepare prepare);
 
 // Input `index` of such a node: its data and number of elements; null data where it is no constant.
 QF_EXPORT int32_t qf_ort_constant(const void* node, int64_t index, const void** data, int64_t* count);
+
+// A permutation of the bits of a block of 32-bit words: each target word is the union of its terms.
+typedef struct {
+  int64_t sources, targets;  // words of a block
+  int64_t count;
+  const int32_t* terms;   // [count, 3] target word, ascending; source word; shift, upward, or downward where below 0
+  const uint32_t* masks;  // [count] bits of the source word
+} qf_permutation;
+
+// The same permutation for every block. Their positions have four axes, of the given sizes.
+//   in       [sources]  word i of the block at the first position; the others' lie by in_strides[4], in bytes
+//   out      [targets]  likewise
+QF_EXPORT int32_t qf_permute(const qf_permutation* p, const int64_t* sizes, const void* const* in,
+                             const int64_t* in_strides, void* const* out, const int64_t* out_strides);
