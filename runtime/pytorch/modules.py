@@ -222,10 +222,18 @@ def linear(packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype 
     """A linear layer on the parts of a packed matrix, which are not copied; ``dtype`` is what its weight shows."""
     rows, cols = packed.shape
     layer = nn.Linear(cols, rows, bias=False, device="meta", dtype=dtype)
-    whole = msgspec.structs.replace(packed.entry, concat=())
-    pack(layer, "weight", whole if packed.rows is None else packed.entry, packed.rows)
-    for name, part in tensors(packed.parts).items():
-        setattr(layer, f"weight_{name}", nn.Parameter(part, requires_grad=False))
+    stored = {f"weight_{number}": piece for number, piece in enumerate(packed.pieces)}
+    for name, piece in stored.items():
+        hold(layer, name, piece.entry, like=layer.weight)
+    if stored:
+        compose(layer, "weight", packed.entry, [(layer, name) for name in stored])
+    else:
+        stored = {"weight": packed}
+        whole = msgspec.structs.replace(packed.entry, concat=())
+        pack(layer, "weight", whole if packed.rows is None else packed.entry, packed.rows)
+    for name, one in stored.items():
+        for part, tensor in tensors(one.parts).items():
+            setattr(layer, f"{name}_{part}", nn.Parameter(tensor, requires_grad=False))
     layer.bias = None if bias is None else nn.Parameter(bias)
     return layer
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 import qformat
 from qformat.errors import DamagedError, UnsupportedError
 from qformat.manifest import Entry
-from qformat.runtime.pytorch.modules import Packed, tensors
+from qformat.runtime.pytorch.modules import Packed, linear, tensors, unpack
 from qformat.runtime.pytorch.prepared import spec
 from qformat.runtime.pytorch.tensor import PackedTensor, PiecesTensor
 from qformat.verify import verify
@@ -81,6 +81,27 @@ def test_products_and_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in (-1, len(dense)) if name in ("rows", "columns") else ():
         with pytest.raises(IndexError, match=f"rows from 0 to {len(dense) - 1} expected"):
             functional.embedding(torch.tensor([row]), weight)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_a_layer(name: str) -> None:
+    axis, entries = CASES[name]
+    stored = tuple(making.packed(np.random.default_rng(i), one, f"w.{i}") for i, one in enumerate(entries))
+    dense = torch.from_numpy(np.concatenate([one.decode() for one in stored], axis))
+    listed = [{"weights": [one.name]} for one in stored]
+    whole = making.entry(tuple(dense.shape), pieces=listed, **({"axis": axis} if axis else {}))
+    bias = normal(len(dense))
+    layer: Any = linear(PackedWeight("w", whole, {}, pieces=stored), bias)
+    wanted = {"bias", *(f"weight_{i}_{part}" for i, one in enumerate(stored) for part in one.parts)}
+    assert layer.state_dict().keys() == wanted
+    x = normal(3, dense.shape[1])
+    y = layer(x)
+    exact = x.double() @ dense.double().mT + bias
+    assert (y - exact).abs().max() <= 1e-5 * exact.abs().max()
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    unpack(layer)
+    assert type(layer) is nn.Linear and layer.state_dict().keys() == {"weight", "bias"}
+    assert torch.allclose(layer(x), y, rtol=1e-4, atol=1e-3)
 
 
 def test_narrow_sums_are_rounded_once() -> None:

@@ -205,6 +205,15 @@ def test_rows_of_a_product_that_is_made_once(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(ops.linear_op(x.zero_(), parts, each[1]), torch.zeros(3, 21)) and y.any()
 
 
+def test_a_layer_of_rows() -> None:
+    weight = made("rows")
+    x = normal(3, 45)
+    layer = modules.linear(weight)
+    assert torch.equal(layer(x), ops.linear_op(x, *arguments(weight)))
+    whole = dataclasses.replace(weight, rows=None)
+    assert torch.equal(modules.linear(whole)(x)[:, 11:32], layer(x))
+
+
 def test_rows_are_gone_with_the_input() -> None:
     parts, text = arguments(made("rows"))
     x = normal(3, 45)
