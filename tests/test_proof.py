@@ -54,6 +54,16 @@ def test_a_layer(case: str, tmp_path: Path) -> None:
     assert again == {**found, "by_formula": 0}
 
 
+@pytest.mark.parametrize("case", ["qtip-1mad-k3", "qtip-3inst-k4"])
+def test_a_setting_that_says_nothing_of_the_values_may_be_absent(case: str, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "model.safetensors").symlink_to(LAYERS / case / "model.safetensors")
+    config = json.loads((LAYERS / case / "config.json").read_text())
+    del config["quip_params"]["tlut_bits"]
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    assert whole(convert(tmp_path / "s", tmp_path / "t")["proof"])
+
+
 @pytest.mark.parametrize(("target", "case"), [(to, case) for to, cases in EXPORTS.items() for case in cases])
 def test_an_export(target: str, case: str, tmp_path: Path) -> None:
     found = convert(LAYERS / case, tmp_path / "t", target)["proof"]

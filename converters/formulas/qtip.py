@@ -63,7 +63,7 @@ def _states(words: Array, step: int) -> Array:
 def _lut(settings: Mapping[str, Any], tlut: Array) -> Array:
     """``lut``: the values of all states, [65536, V]."""
     state: Array = np.arange(1 << 16, dtype=np.uint64)
-    mode, bits = settings["decode_mode"], settings["tlut_bits"]
+    mode, bits = settings["decode_mode"], settings.get("tlut_bits", 0)
     if mode == "lut":
         return tlut
     if mode in ("quantlut", "quantlut_sym"):
