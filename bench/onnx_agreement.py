@@ -28,7 +28,8 @@ from onnx.reference import ReferenceEvaluator
 import qformat
 from qformat.dtypes import Array
 from qformat.errors import QformatError
-from qformat.runtime.ort.session import MODES, session
+from qformat.runtime.ort import session
+from qformat.runtime.ort.sessions import MODES
 
 RATES = [("int", 4), ("table", 4), ("trellis", 2), ("trellis", 3), ("trellis", 4), ("e8p", 2), ("additive", 2)]
 RATES += [("float", 4), ("float", 8)]

@@ -4,7 +4,7 @@
 
 ``private`` is memory of the process's own (RssAnon), ``mapped`` pages of files, which the system takes back when it
 needs them (RssFile); ``peak`` is the most private memory until then. The model is a Llama of random numbers, all of its
-matrices packed. Each mode of :func:`qformat.runtime.ort.session.session` is measured in a process of its own, after a
+matrices packed. Each mode of :func:`qformat.runtime.ort.session` is measured in a process of its own, after a
 session of a small model has run. ``activations`` is what a graph of this size needs at once in any runtime: the logits,
 the cache, and the widest tensors between.
 """
@@ -27,7 +27,8 @@ from load_memory import make, resident
 
 import qformat
 from qformat import codecs
-from qformat.runtime.ort.session import MODES, session
+from qformat.runtime.ort import session
+from qformat.runtime.ort.sessions import MODES
 
 PACKED_BUT = 20_000_000  # bytes beside packed weights and activations that a session may take
 

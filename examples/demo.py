@@ -114,9 +114,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def run(folder: Path, onnx: Path) -> None:
     """Generate a sentence from the packed model, then the same logits from ONNX Runtime."""
     import numpy as np
-    import onnxruntime
     import torch
     from transformers import AutoTokenizer
+
+    from qformat.runtime.ort import session
 
     model, tokenizer = qformat.load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -125,7 +126,6 @@ def run(folder: Path, onnx: Path) -> None:
         logits = model(input_ids=ids).logits.numpy()
     console.print(f"\n{folder.name} writes: {tokenizer.decode(out[0], skip_special_tokens=True)!r}")
     report = qformat.export(folder, onnx, overwrite=True)
-    session = onnxruntime.InferenceSession(onnx / "model.onnx")
     count, heads, size = _cache(model.config)
     feeds = {
         "input_ids": ids.numpy(),
@@ -137,7 +137,7 @@ def run(folder: Path, onnx: Path) -> None:
             for kind in ("key", "value")
         },
     }
-    found = session.run(["logits"], feeds)[0]
+    found = session(onnx).run(["logits"], feeds)[0]
     difference = float(np.abs(found - logits).max())
     size = report["onnx_bytes"] / 1e3
     console.print(f"ONNX Runtime, {size:.0f} kB of graph beside the same shards: logits within {difference:.1e}")

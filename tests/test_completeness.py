@@ -45,8 +45,8 @@ def test_a_codec_has_vectors_of_each_kind(name: str) -> None:
 
 @pytest.mark.parametrize("name", codecs.NAMES)
 def test_what_the_encoder_writes_decodes(name: str) -> None:
-    """Each preset, on a matrix of the smallest shape and on one of several units. The encoders that are fast equal those
-    of the codecs, which the codecs' own tests hold them against.
+    """Each preset, on a matrix of the smallest shape and on one of several units. Encoders that are fast equal those of
+    the codecs, which the codecs' own tests hold them against.
     """
     terms = presets(name)
     assert terms

@@ -5,10 +5,8 @@ are, dense tensors too, cast in the graph where they are of another dtype: rows 
 gathered, the matrix of a product as a whole, which folded takes the memory of one in float32. The functions that decode
 lie in the model, so that plain ONNX Runtime runs it.
 
-ONNX Runtime folds the functions when it loads: dense weights in memory, and fast. (To load the bundled model at 2 bits
-takes 45 bytes a weight, as each step's values are kept until the last is done; a run then takes a thirteenth of the
-time.) With the session option ``optimization.disable_specified_optimizers`` set to ``ConstantFolding`` the weights stay
-packed, and are decoded at every run.
+Plain ONNX Runtime folds the functions when it loads: dense weights in memory, at 45 bytes a weight on the way there,
+as each step's values are kept until the last is done. :func:`.session` runs the same file from its packed weights.
 
 onnx's own tools refuse weights in a file with several links: copy the folder for them, or load the graph alone.
 """
@@ -35,10 +33,9 @@ from qformat.staging import staged
 
 from . import trace
 from .body import TYPES
-from .functions import DOMAIN, Kind, function, text
+from .functions import DOMAIN, FILE, Kind, function, text
 from .trace import Stand
 
-FILE = "model.onnx"
 DTYPES = ("float32", "float16")
 
 

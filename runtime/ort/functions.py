@@ -26,6 +26,7 @@ from qformat.records import write_record
 from . import rotate
 from .body import OPSET, Body
 
+FILE = "model.onnx"
 DOMAIN = "qformat"
 VERSION = 1  # of the domain: what the operators mean
 Kind = Literal["Linear", "Embedding"]

@@ -17,7 +17,7 @@ from qformat.errors import UnsupportedError
 from qformat.manifest import Rows
 
 from .body import OPSET
-from .functions import DOMAIN, Kind
+from .functions import DOMAIN, VERSION, Kind
 from .tasks import Decoder, Encoder
 
 MODELS = "a decoder or an encoder of text that transformers knows"
@@ -56,7 +56,7 @@ class Packed(nn.Module):
             {"entry": self.stand.entry, "weight": name},
             dtype=torch.float32,
             shape=(*x.shape[: -1 if linear else None], self.stand.width),
-            version=1,
+            version=VERSION,
         ).to(self.dtype)
         if linear and stop - start < self.stand.width:
             y = y[..., start:stop]

@@ -21,9 +21,10 @@ from qformat.converters.quantize.job import quantize
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, QformatError, SurroundingsError, UnsupportedError, UsageError
 from qformat.kernels import native
-from qformat.runtime.ort import session as module
+from qformat.runtime.ort import plugin, session
 from qformat.runtime.ort.export import export
-from qformat.runtime.ort.session import FILE, MODES, session
+from qformat.runtime.ort.functions import FILE
+from qformat.runtime.ort.sessions import MODES
 
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny-llama"
 PROMPT = [1, 409, 278, 1033, 77]
@@ -175,12 +176,12 @@ def test_wrong_usage(exported: Path, tmp_path: Path) -> None:
 @needs_library
 def test_options_that_have_the_plugin_already(exported: Path) -> None:
     options = onnxruntime.SessionOptions()
-    module.plugin.register(options)
+    plugin.register(options)
     with pytest.raises(UsageError, match="expected options without the plugin"):
         session(exported, options=options)
     by_hand = onnxruntime.SessionOptions()
     by_hand.log_severity_level = 4
-    by_hand.register_custom_ops_library(str(module.plugin.library()))
+    by_hand.register_custom_ops_library(str(plugin.library()))
     with pytest.raises(UnsupportedError) as caught:
         session(exported, options=by_hand)
     assert "registered in these options already" in caught.value.hint

@@ -15,9 +15,8 @@ from qformat.kernels import native
 from qformat.shards import Shard
 
 from . import plugin
-from .functions import DOMAIN, VERSION
+from .functions import DOMAIN, FILE, VERSION
 
-FILE = "model.onnx"
 MODES = {
     "plugin": "weights stay packed; products are made from them in C++",
     "fold": "weights are decoded once, when the session is made: fast, with all of the dense model in memory",
