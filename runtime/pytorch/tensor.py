@@ -54,9 +54,10 @@ class PackedTensor(Tensor):
 
     def one(self, index: int) -> Any:
         """A matrix of a stack, packed; NotImplemented where there is none."""
-        if entry_of(self.spec).stack != 1 or rows_of(self.spec):
+        if entry_of(self.spec).stack != 1:
             return NotImplemented
-        return PackedTensor(one_of_stack(self.parts, index), one_of(self.spec), self.dtype)
+        first, _ = rows_of(self.spec) or (0, 0)
+        return PackedTensor(one_of_stack(self.parts, first + index), one_of(self.spec), self.dtype)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"PackedTensor({list(self.shape)}, {self.dtype}, {self.spec})"
@@ -130,7 +131,6 @@ class PiecesTensor(PackedTensor):
                 if any(one is NotImplemented for one in ones)
                 else PiecesTensor(ones, self.axis - 1, self.dtype)
             )
-        index += len(self) if index < 0 else 0
         for piece in self.pieces:
             if index < len(piece):
                 return piece.one(index)
@@ -179,7 +179,12 @@ def _embedding(input: Tensor, weight: Any, padding_idx: object = None, max_norm:
 
 def _getitem(self: Any, index: Any) -> Any:
     whole = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point())
-    return self.one(int(index)) if isinstance(self, PackedTensor) and whole else NotImplemented
+    if not isinstance(self, PackedTensor) or not whole:
+        return NotImplemented
+    count = self.shape[0]
+    if not -count <= int(index) < count:
+        raise IndexError(f"a number below {count} expected, {int(index)} found")
+    return self.one(int(index) % count)
 
 
 def _itself(self: Tensor, *_: object) -> Tensor:

@@ -340,6 +340,13 @@ def test_products_with_the_weight_stay_packed(monkeypatch: pytest.MonkeyPatch) -
     x = normal(3, 32)
     exact = x.double() @ torch.from_numpy(made("stack").decode()[1]).double().mT
     assert torch.allclose(nn.functional.linear(x, tensors["stack"][torch.tensor(1)]), exact.float(), atol=1e-5)
+    some = PackedTensor(*arguments(made("rows-of-a-stack")), torch.float32)
+    for index in (0, -1):
+        exact = x.double() @ torch.from_numpy(made("rows-of-a-stack").decode()[index]).double().mT
+        assert torch.allclose(nn.functional.linear(x, some[index]), exact.float(), atol=1e-5)
+    for index in (21, -22):  # where others have matrices
+        with pytest.raises(IndexError, match=f"a number below 21 expected, {index} found"):
+            some[index]
 
 
 def test_a_module_of_any_class_is_packed_where_it_stands() -> None:
