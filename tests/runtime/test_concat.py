@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import making
 import numpy as np
 import pytest
 import torch
@@ -221,3 +222,33 @@ def test_eval(packed: Callable[[str], Path], tmp_path: Path) -> None:
     qformat.convert(target, tmp_path / "dense", to="dense", dtype="float32")  # type: ignore[operator]
     found = evaluate(target, reference=tmp_path / "dense", text=tmp_path / "text", window=8)
     assert found["kl"] < 1e-9 and found["top1"] == 1 and 2 < found["stored_bits"] < 3
+
+
+def test_experts_under_other_names(tmp_path: Path) -> None:
+    """Each expert's gate and up in one: the model fuses experts, and has renamed what is around them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "num_local_experts": 4}
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).save_pretrained(tmp_path / "source")
+    source = qformat.open(tmp_path / "source")  # type: ignore[operator]
+    term = {"codec": "int", "bits": 4, "block": [1, 64], "zero": 8}
+    weights, members = {}, set[str]()
+    for expert in (f"model.layers.0.block_sparse_moe.experts.{number}" for number in range(4)):
+        pieces = [{"weights": [f"{expert}.{name}.weight"], "rows": 96} for name in ("w1", "w3")]
+        name = f"{expert}.w13.weight"
+        of = making.entry((192, 64), term, weights=(name,), concat=pieces, rotation={"out": {"size": 64}})
+        weights[name] = making.packed(np.random.default_rng(len(weights)), of, name)
+        members |= {piece["weights"][0] for piece in pieces}
+    path = making.folder(
+        tmp_path / "packed", weights, {one: source.array(one) for one in source.tensors if one not in members}
+    )
+    settings = json.loads((path / "config.json").read_text())
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | config))
+    qformat.convert(path, tmp_path / "dense", to="dense", dtype="float32")  # type: ignore[operator]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    model, wanted = load(path, dtype=torch.float32), logits(reference)
+    assert (logits(model) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    model.save_pretrained(tmp_path / "saved")
+    found, stored = (qformat.open(folder) for folder in (tmp_path / "saved", path))  # type: ignore[operator]
+    assert verify(found) == [] and found.tensors.keys() == stored.tensors.keys()
