@@ -72,7 +72,7 @@ def in_numpy(rule: Permutation, source: Sequence[Array], target: Sequence[Array]
     """The definition, and what there is without the native library. Some blocks at a time: they stay in the cache."""
     step = max(1, CHUNK * len(source[0]) // max(1, rule.targets * source[0].size))
     for start in range(0, len(source[0]), step):
-        words = [one[start : start + step].view(np.uint32) for one in source]
+        words = [np.ascontiguousarray(one[start : start + step]).view(np.uint32) for one in source]
         made = np.zeros((rule.targets, *words[0].shape), np.uint32)
         for (number, origin, up), mask in zip(rule.terms.tolist(), rule.masks, strict=True):
             part = words[origin] & mask
@@ -102,10 +102,12 @@ def _native(rule: Permutation, source: Sequence[Array], target: Sequence[Array])
 
 
 def pack(codes: Array, bits: int) -> Array:
-    """As :func:`qformat.bits.pack`, faster where rows are whole blocks of 32 codes, in uint8 or uint16."""
+    """As :func:`qformat.bits.pack`, of the lowest ``bits`` of integers of 8 or 16 bits, and faster where rows are whole
+    blocks of 32 codes.
+    """
     *lead, n = codes.shape
     if n % BLOCK:
-        return fields.pack(codes, bits)
+        return fields.pack(codes & ((1 << bits) - 1), bits)
     rule = permutation(numbers(BLOCK, 8 * codes.itemsize)[:, :bits])
     out = np.empty((n * codes[..., 0].size // BLOCK, bits), np.uint32)
     permute(rule, np.ascontiguousarray(codes).view(np.uint32).reshape(len(out), 8 * codes.itemsize).T, out.T)

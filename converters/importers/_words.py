@@ -6,6 +6,7 @@ A stream is qformat's own order of bits (:mod:`qformat.bits`), since the words a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -48,10 +49,13 @@ def _joined(words: Array, bits: int) -> Array:
     tops = np.cumsum([0, *PLANES[bits]])
     planes = [numbers(32 * bits)[32 * top : 32 * (top + width)] for top, width in zip(tops, PLANES[bits], strict=False)]
     rule = permutation(np.concatenate([plane.reshape(BLOCK, -1) for plane in planes], axis=1))
-    out = np.empty(words.shape, np.uint32)
-    blocks = (len(words) // bits, bits, words.shape[1])
-    permute(rule, words.reshape(blocks).swapaxes(0, 1), out.reshape(blocks).swapaxes(0, 1))
-    return transposed(out).view(np.uint8)
+    out = np.empty(words.shape[::-1], np.uint32)
+    for here in strips(len(words), bits):
+        planar = words[here].reshape(-1, bits, words.shape[1])
+        joined = np.empty_like(planar)
+        permute(rule, planar.swapaxes(0, 1), joined.swapaxes(0, 1))
+        transposed(joined.reshape(-1, words.shape[1]), out[:, here])
+    return out.view(np.uint8)
 
 
 def turned(words: Array, bits: int) -> Array:
@@ -65,16 +69,27 @@ def turned(words: Array, bits: int) -> Array:
     if cols % count:
         words = np.concatenate([words, np.zeros((lines * count - cols, width), words.dtype)])
     rule = permutation(numbers(count, count, bits)[:, ORDERS[bits]].swapaxes(0, 1))
-    out = np.empty((lines, width, count), np.uint32)
-    permute(rule, words.reshape(lines, count, width).swapaxes(0, 1), np.moveaxis(out, -1, 0))
-    return transposed(out.reshape(lines, -1)).view(np.uint8)[:, : fields.row_bytes(cols, bits)]
+    stored = words.reshape(lines, count, width)
+    out = np.empty((width * count, lines), np.uint32)
+    for here in strips(lines):
+        crossed = np.empty((len(stored[here]), width, count), np.uint32)
+        permute(rule, stored[here].swapaxes(0, 1), np.moveaxis(crossed, -1, 0))
+        transposed(crossed.reshape(-1, width * count), out[:, here])
+    return out.view(np.uint8)[:, : fields.row_bytes(cols, bits)]
 
 
-def transposed(matrix: Array, tile: int = TILE) -> Array:
-    """A contiguous copy of ``matrix.T``, a cache line of words at a time: a plain copy misses the cache on each."""
-    rows, cols = matrix.shape
-    out = np.empty((cols, rows), matrix.dtype)
-    for top in range(0, rows, tile):
+def strips(rows: int, unit: int = 1) -> Iterator[slice]:
+    """Rows of words, in whole units, a few cache lines of the transposed at a time."""
+    step = -(-2 * TILE // unit) * unit
+    return (slice(top, min(top + step, rows)) for top in range(0, rows, step))
+
+
+def transposed(matrix: Array, out: Array | None = None) -> Array:
+    """A copy of ``matrix.T``, a cache line at a time: a plain copy misses the cache on each word."""
+    if out is None:
+        out = np.empty(matrix.shape[::-1], matrix.dtype)
+    tile = 4 * TILE // max(4, matrix.itemsize)
+    for top in range(0, len(matrix), tile):
         out[:, top : top + tile] = matrix[top : top + tile].T
     return out
 
@@ -131,10 +146,13 @@ def marlin_codes(words: Array) -> Array:
     """
     tiles, runs = len(words), words.shape[1] // 128
     rule = permutation(numbers(4, 2, 2, 2, 4).transpose(2, 3, 0, 1, 4))  # pair of rows; one of it, column's 8, row's 8
-    out = np.empty((tiles, runs, 4, 2, 8, 2), np.uint32)  # ..., tile, column's 8, column; row's 8
     stored = words.reshape(tiles, runs, 8, 4, 4)  # ..., column, pair of rows, tile
-    permute(rule, stored.transpose(3, 0, 1, 2, 4), out.transpose(3, 5, 0, 1, 4, 2))
-    return transposed(out.view(np.uint64).reshape(tiles, -1), TILE // 2).view(np.uint8)
+    out = np.empty((64 * runs, tiles), np.uint64)
+    for here in strips(tiles):
+        plain = np.empty((len(stored[here]), runs, 4, 2, 8, 2), np.uint32)  # ..., tile, column's 8, column; row's 8
+        permute(rule, stored[here].transpose(3, 0, 1, 2, 4), plain.transpose(3, 5, 0, 1, 4, 2))
+        transposed(plain.view(np.uint64).reshape(-1, 64 * runs), out[:, here])
+    return out.view(np.uint8)
 
 
 def marlin_scales(stored: Array) -> Array:

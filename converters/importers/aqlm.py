@@ -181,7 +181,7 @@ def _codes(layer: Layer) -> Array:
     if params.bits in (8, 16):  # their own bits
         return np.ascontiguousarray(codes).view(np.uint8).reshape(rows, cols, -1)
     part = additive.layout(params, layer.shape)[0]
-    stream = pack((np.ascontiguousarray(codes) & (2 * middle - 1)).reshape(rows, -1), params.bits)
+    stream = pack(np.ascontiguousarray(codes).reshape(rows, -1), params.bits)
     if stream.size == math.prod(part.shape):
         return stream.reshape(part.shape)
     out = np.zeros((rows, math.prod(part.shape[1:])), np.uint8)

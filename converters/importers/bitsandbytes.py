@@ -19,6 +19,7 @@ from qformat import blocks, tables
 from qformat.checkpoint import Checkpoint
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, QformatError, UnsupportedError
+from qformat.kernels.native import stretches
 from qformat.manifest import Entry
 from qformat.records import read_json
 from qformat.shards import Tensor
@@ -36,6 +37,7 @@ SIDE = ("absmax", "quant_map", *NESTED)
 MAP_SIZE = 256
 ZERO = 128  # qformat's codes are unsigned
 INVERSE = np.float32(1 / 127)
+AT_ONCE = 1 << 16  # bytes that are re-laid at a time
 
 
 def detect(source: Checkpoint) -> str:
@@ -266,7 +268,9 @@ def _check_state(state: State) -> None:
 def _four_bit_parts(state: State) -> dict[str, Array]:
     source = state.source
     stored = source.raw(state.weight).reshape(-1)
-    codes = stored >> 4 | stored << 4  # the first of two codes is the high one
+    codes = np.empty_like(stored)
+    for here in stretches(len(stored), AT_ONCE):
+        codes[here] = stored[here] >> 4 | stored[here] << 4  # the first of two codes is the high one
     if state.cols % 2:
         codes = fields.pack(fields.unpack(codes, 4, state.count).reshape(state.rows, state.cols), 4)
     parts = {"codes": codes.reshape(state.rows, -1)}

@@ -18,6 +18,7 @@ from qformat.checkpoint import Checkpoint
 from qformat.codecs import float as codec
 from qformat.dtypes import NUMPY, Array
 from qformat.errors import DamagedError, UnsupportedError
+from qformat.kernels.native import stretches
 from qformat.manifest import Entry
 from qformat.shards import Tensor
 
@@ -38,6 +39,7 @@ SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
 EXPONENTS = ("float8_e8m0fnu", "uint8")  # uint8 scales are exponents, too
 GROUP = 32  # columns that share an exponent
 TILE = (128, 128)  # of scales with four axes, which say no other
+AT_ONCE = 32  # rows that are checked at a time: stays in the cache
 LARGEST = 4096  # numbers of an activation scale that a manifest takes
 
 
@@ -251,7 +253,8 @@ def _item(source: Checkpoint, layer: Layer) -> Item:
 def _parts(layer: Layer) -> dict[str, Array]:
     source, (rows, cols), lead = layer.source, layer.matrix, layer.tensor.shape[:-2]
     codes = source.raw(layer.name).reshape(layer.tensor.shape)
-    if count := codec.special(layer.format, codes):
+    rows_of_all = codes.reshape(-1, codes.shape[-1])
+    if count := sum(codec.special(layer.format, rows_of_all[here]) for here in stretches(len(rows_of_all), AT_ONCE)):
         raise DamagedError(
             "finite numbers", f"{count} that are not", file=source.file_of(layer.name), weight=layer.name
         )

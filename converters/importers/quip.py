@@ -17,6 +17,7 @@ from qformat.checkpoint import Checkpoint
 from qformat.codecs import e8p
 from qformat.dtypes import Array
 from qformat.errors import DamagedError, QformatError, UnsupportedError
+from qformat.kernels.native import stretches
 from qformat.manifest import Entry, Piece
 from qformat.rotation import Rotation, Side
 from qformat.shards import spec
@@ -35,6 +36,7 @@ PARTS = ("Qidxs", "codebook_id", "SU", "SV", "Wscale", "fuse_scales", "scaleWH",
 REFUSED = ("A", "B", "ocs_dupe_inds")  # low-rank corrections and split outliers of versions that never agreed on them
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
 TILE = (16, 64)  # rows and columns that 32 words of E8P codes hold
+AT_ONCE = 16  # tiles down that are re-laid at a time
 NIBBLES = (7, 3, 6, 2, 5, 1, 4, 0)  # where the columns of eight lie in a word of hi4b1c
 
 
@@ -316,8 +318,10 @@ def _tiled(words: Array, shape: tuple[int, int]) -> Array:
     codes = np.stack([signs.reshape(8, 4).T, patterns.reshape(4, 8)], axis=1)
     rule = permutation(codes.reshape(2, 2, 16).swapaxes(0, 1))
     out = np.empty((down, 8, 2, across, 4), np.uint32)  # tile, patch, row; tile, patch
-    halves = np.ascontiguousarray(words).view(np.uint32).reshape(down, across, 8, 4, 2)
-    permute(rule, halves.transpose(4, 0, 2, 1, 3), out.transpose(2, 0, 1, 3, 4))
+    for here in stretches(down, AT_ONCE):
+        own = words.reshape(down, TILE[0], -1)[here]
+        halves = np.ascontiguousarray(own).view(np.uint32).reshape(-1, across, 8, 4, 2)
+        permute(rule, halves.transpose(4, 0, 2, 1, 3), out[here].transpose(2, 0, 1, 3, 4))
     return out.view(np.uint8).reshape(shape[0], shape[1] // e8p.WIDTH, 2)
 
 
