@@ -30,11 +30,14 @@ PACKINGS: list[tuple[str, dict[str, Any]]] = [  # folder, how it is packed
     ("int-4", {"codec": "int", "bits": 4}),
     ("nf4", {"codec": "table", "bits": 4, "settings": {"table": "nf4"}}),
     ("table-4-rotated", {"codec": "table", "bits": 4, "rotate": "hadamard"}),
+    ("float-4", {"codec": "float", "bits": 4}),
     ("trellis-4", {"codec": "trellis", "bits": 4}),
     ("int-2", {"codec": "int", "bits": 2}),
     ("int-2-zeros", {"codec": "int", "bits": 2, "settings": {"zeros": "uint8"}}),
     ("table-2", {"codec": "table", "bits": 2}),
     ("table-2-rotated", {"codec": "table", "bits": 2, "rotate": "hadamard"}),
+    ("additive-2", {"codec": "additive", "bits": 2}),
+    ("e8p-2", {"codec": "e8p", "bits": 2}),
     ("trellis-2", {"codec": "trellis", "bits": 2}),
 ]
 RUN = "trellis-2"  # the model that is run, exported and quoted
@@ -94,17 +97,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rates = sorted({round(row["stored_bits"]) for row in rows})
+    rates = sorted({int(row["stored_bits"]) for row in rows})
     figure, panels = pyplot.subplots(1, len(rates), figsize=(5 * len(rates), 4.5), layout="constrained", squeeze=False)
-    marks = {"int": "s", "table": "o", "trellis": "^"}
+    marks = {"additive": "P", "e8p": "v", "float": "D", "int": "s", "table": "o", "trellis": "^"}
     for rate, axes in zip(rates, panels[0], strict=True):
-        for row in (row for row in rows if round(row["stored_bits"]) == rate):
+        for row in (row for row in rows if int(row["stored_bits"]) == rate):
             low, high = row["kl_ci95"]
             bars = [[row["kl"] - low], [high - row["kl"]]]
             axes.errorbar(row["stored_bits"], row["kl"], yerr=bars, fmt=marks[row["codec"]], capsize=3)
             place = (row["stored_bits"], row["kl"])
             axes.annotate(row["name"], place, xytext=(7, -3), textcoords="offset points", fontsize=9)
-        axes.set(xlabel="stored bits per packed weight", xlim=(rate, rate + 0.5), title=f"{rate} bits")
+        axes.set(xlabel="stored bits per packed weight", xlim=(rate, rate + 0.8), title=f"{rate} bits")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("KL(dense ‖ packed), nats: lower is better")
