@@ -219,6 +219,12 @@ def _folders() -> Iterator[Draft]:
         inside(path)
         config(path, backwards=True)
 
+    def numbered(path: Path) -> None:
+        write_file(path / "model.safetensors", ALL, [{**ITEM, "transposed": False}])
+        config(path)
+        text = (path / "config.json").read_text().replace('"dtype"', '"transposed": 0, "dtype"')
+        (path / "config.json").write_text(text)
+
     def below(path: Path) -> None:
         (path / "weights").mkdir()
         shards(path, names=("weights/one..safetensors", "weights/..two.safetensors"))
@@ -266,6 +272,7 @@ def _folders() -> Iterator[Draft]:
         lambda p: write_file(p / "a.safetensors", ALL, None),
         "damaged",
     )
+    yield folder("invalid-manifests-0-false", "a manifest with 0 where the other has false", "F2", numbered, "damaged")
     yield folder("invalid-index-empty", "an index that names nothing", "F1", unmapped, "damaged")
     yield folder("folder-infinity", "a bare Infinity in config.json, as Python reads it", "F2", bare)
     yield folder(
