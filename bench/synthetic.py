@@ -1,6 +1,6 @@
 """Checkpoints of foreign schemes with random codes, of any size: what importers are measured with.
 
-    python bench/synthetic.py SCHEME FOLDER [--layers 32] [--shard-bytes 2000000000]
+    python bench/synthetic.py SCHEME FOLDER [--layers 32] [--shard-bytes 1000000000]
 
 writes a model shaped like a Llama of 7B (hidden 4096, inner 11008, vocabulary 32000) in several shards, a tensor at a
 time. Codes are valid and mean nothing; scales are finite.
@@ -255,7 +255,7 @@ def dense(layers: int) -> Parts:
 
 
 def write(
-    folder: Path, scheme: str, modules: list[Module], rest: Parts | None = None, shard_bytes: int = 2_000_000_000
+    folder: Path, scheme: str, modules: list[Module], rest: Parts | None = None, shard_bytes: int = 1_000_000_000
 ) -> int:
     """A model folder; no more than one tensor is in memory. Returns the bytes of all tensors."""
     parts = {f"{module.name}.{part}": one for module in modules for part, one in SCHEMES[scheme].parts(module).items()}
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("scheme", choices=SCHEMES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--shard-bytes", type=int, default=2_000_000_000)
+    parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
     options = parser.parse_args()
     modules, rest = llama(options.layers), dense(options.layers)
     print(write(options.folder, options.scheme, modules, rest, options.shard_bytes), "bytes")
