@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import Structure, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from qformat.kernels import native
 BLOCK = 32  # codes of b bits fill exactly b words, whatever b is
 AXES = 4  # of the blocks, at most
 CHUNK = 1 << 15  # words that NumPy makes at a time
+Words = Array | Sequence[Array]
 
 
 class Permutation(NamedTuple):
@@ -51,24 +52,25 @@ def numbers(*axes: int) -> Array:
     return np.arange(np.prod(axes)).reshape(axes)
 
 
-def permute(rule: Permutation, source: Sequence[Array], target: Sequence[Array]) -> None:
+def permute(rule: Permutation, source: Words, target: Words) -> None:
     """The words of all blocks: word i of each in ``source[i]``, arrays of 32 bits of one shape and one set of strides
     with up to four axes, or nested sequences of such; likewise in ``target``, which is written.
     """
-    source, target = _flat(source, rule.sources), _flat(target, rule.targets)
+    source, target = _listed(source, rule.sources), _listed(target, rule.targets)
     assert len({(one.shape, one.strides) for one in source}) == len({(one.shape, one.strides) for one in target}) == 1
     assert source[0].shape == target[0].shape and source[0].itemsize == target[0].itemsize == 4
     (_native if native.available() else in_numpy)(rule, source, target)
 
 
-def _flat(words: Sequence[Any], count: int) -> Sequence[Array]:
-    while len(words) < count:
-        words = [one for some in words for one in some]
-    assert len(words) == count
-    return words
+def _listed(words: Words, count: int) -> list[Array]:
+    listed = list(words)
+    while len(listed) < count:
+        listed = [one for some in listed for one in some]
+    assert len(listed) == count
+    return listed
 
 
-def in_numpy(rule: Permutation, source: Sequence[Array], target: Sequence[Array]) -> None:
+def in_numpy(rule: Permutation, source: Words, target: Words) -> None:
     """The definition, and what there is without the native library. Some blocks at a time: they stay in the cache."""
     step = max(1, CHUNK * len(source[0]) // max(1, rule.targets * source[0].size))
     for start in range(0, len(source[0]), step):
@@ -91,7 +93,7 @@ class _Rule(Structure):
     ]
 
 
-def _native(rule: Permutation, source: Sequence[Array], target: Sequence[Array]) -> None:
+def _native(rule: Permutation, source: list[Array], target: list[Array]) -> None:
     given = _Rule(rule.sources, rule.targets, len(rule.terms), rule.terms.ctypes.data, rule.masks.ctypes.data)
     shape = np.array((1,) * (AXES - source[0].ndim) + source[0].shape, np.int64)
     places = []

@@ -120,7 +120,7 @@ def _layer(source: Checkpoint, module: Module) -> Layer:
         group=(down, across),
         table=books.dtype,  # type: ignore[arg-type]
         block=(down, -1),
-        scales=scales.dtype,
+        scales=scales.dtype,  # type: ignore[arg-type]
     )
     dtype = books.dtype if books.dtype == scales.dtype else "float32"
     layer = Layer(module, params, (rows, codes[0] if turned else codes[1]), dtype, turned)

@@ -178,7 +178,7 @@ def _blocks(shape: tuple[int, int], size: int) -> dict[str, Any]:
 
 def _grid(shape: tuple[int, int], size: int) -> tuple[int, int]:
     found = _blocks(shape, size)
-    return blocks.grid(tuple(found["block"]), tuple(found.get("view", shape)))  # type: ignore[arg-type]
+    return blocks.grid(tuple(found["block"]), tuple(found.get("view", shape)))
 
 
 def _four_bits(source: Checkpoint) -> list[Item]:
@@ -230,7 +230,8 @@ def _state(source: Checkpoint, weight: str, kind: str) -> State:
         source,
         weight,
         kind,
-        *shape,
+        rows=shape[0],
+        cols=shape[1],
         block=value("blocksize", "above 0", size),
         dtype=value("dtype", " or ".join(common.FLOATS), lambda found: found in common.FLOATS),
     )

@@ -241,7 +241,7 @@ def _item(source: Checkpoint, layer: Layer) -> Item:
     entry = Entry(
         weights=(layer.name,),
         shape=(*lead, cols, rows) if layer.transposed else (*lead, rows, cols),
-        dtype=dtype if dtype in common.FLOATS else "bfloat16",  # type: ignore[arg-type]
+        dtype=dtype if dtype in common.FLOATS else "bfloat16",
         terms=(term,),
         label="bit-exact",
         stack=len(lead),
