@@ -227,7 +227,7 @@ def _folders() -> Iterator[Draft]:
 
     def below(path: Path) -> None:
         (path / "weights").mkdir()
-        shards(path, names=("weights/one..safetensors", "weights/..two.safetensors"))
+        shards(path, names=("weights/one..safetensors", "weights/two..safetensors"))
 
     def unmapped(path: Path) -> None:
         shards(path)
