@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,14 +95,25 @@ def _write_shard(
     journal: Journal,
     done: _Counter,
 ) -> None:
-    """One file; items of an interrupted run that are in it stay."""
+    """One file, its items made and put by the pool: no more of them are in memory than it has threads. Those of an
+    interrupted run that are in the file stay.
+    """
     with ShardWriter(path, specs, {"format": "pt"}, journal.done) as out:
         missing = [item for item in shard if not out.missing.isdisjoint(item.specs)]
         done.keep(item for item in shard if out.missing.isdisjoint(item.specs))
-        with contextlib.closing(_made(pool, missing)) as made:
-            for item, tensors in made:
-                journal.note({tensor: out.put(tensor, array) for tensor, array in tensors.items()})
+
+        def put(item: Item) -> dict[str, str]:
+            return {tensor: out.put(tensor, array) for tensor, array in item.tensors().items()}
+
+        made = [pool.submit(put, item) for item in missing]
+        try:
+            for item, sums in zip(missing, made, strict=True):
+                journal.note(sums.result())
                 done(item)
+        finally:
+            for future in made:
+                future.cancel()
+            wait(made)  # those at work write to a file that is still there
 
 
 def account(source: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -150,24 +159,6 @@ def _specs(items: Iterable[Item]) -> dict[str, Spec]:
                 raise DamagedError("part names that no other tensor has", name, weight=item.name)
             specs[name] = one
     return specs
-
-
-def _made(pool: ThreadPoolExecutor, items: Iterable[Item]) -> Generator[tuple[Item, Mapping[str, Array]], None, None]:
-    """Items made in the pool, in order, a few ahead of the writer and no more: memory stays bounded by those."""
-    ahead = pool._max_workers + 1
-    waiting: deque[tuple[Item, Future[dict[str, Array]]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(item.tensors)))
-            if len(waiting) == ahead:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
 
 
 class _Counter:

@@ -226,12 +226,16 @@ class ShardWriter:
         return checksum(np.fromfile(self._file, np.uint8, self._specs[name].nbytes))
 
     def put(self, name: str, data: Array) -> str:
-        """Write a tensor, given as its array or as raw uint8 bytes of the same length; its checksum."""
+        """Write a tensor, given as its array or as raw uint8 bytes of the same length; its checksum. Threads may put
+        tensors at the same time.
+        """
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         assert raw.nbytes == self._specs[name].nbytes, (name, raw.nbytes, self._specs[name])
-        self._file.seek(self._data_start + self._offsets[name])
-        self._file.write(raw.data)
-        self._file.flush()  # to the system, where it outlives this process
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(self._data_start + self._offsets[name])
+            left = raw.data
+            while left:  # the system takes 2 GiB at a time
+                left = left[file.write(left) :]
         self._checksums[name] = checksum(raw)
         self.missing.discard(name)
         return self._checksums[name]
