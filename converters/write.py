@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import qformat
 from qformat import files, manifest, names, sources
 from qformat.checkpoint import KEY, Checkpoint
-from qformat.dtypes import Array
 from qformat.errors import DamagedError, UsageError
 from qformat.shards import ShardWriter, Spec
 from qformat.staging import Journal, staged
