@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +102,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(rates), figsize=(5 * len(rates), 4.5), layout="constrained", squeeze=False)
     marks = {"additive": "P", "e8p": "v", "float": "D", "int": "s", "table": "o", "trellis": "^"}
     for rate, axes in zip(rates, panels[0], strict=True):
-        for row in (row for row in rows if int(row["stored_bits"]) == rate):
+        shown = [row for row in rows if int(row["stored_bits"]) == rate]
+        for row in shown:
             low, high = row["kl_ci95"]
             bars = [[row["kl"] - low], [high - row["kl"]]]
             axes.errorbar(row["stored_bits"], row["kl"], yerr=bars, fmt=marks[row["codec"]], capsize=3)
             place = (row["stored_bits"], row["kl"])
-            axes.annotate(row["name"], place, xytext=(7, -3), textcoords="offset points", fontsize=9)
-        axes.set(xlabel="stored bits per packed weight", xlim=(rate, rate + 0.8), title=f"{rate} bits")
+            down = -13 if any(map(partial(_close_below, row), shown)) else -3  # points
+            axes.annotate(row["name"], place, xytext=(7, down), textcoords="offset points", fontsize=9)
+        axes.set(xlabel="stored bits per packed weight", xlim=(rate, rate + 0.9), title=f"{rate} bits")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("KL(dense ‖ packed), nats: lower is better")
     figure.savefig(path, dpi=150)
+
+
+def _close_below(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the label of ``row`` would lie on that of ``other``."""
+    return 1 < other["kl"] / row["kl"] < 1.05 and abs(row["stored_bits"] - other["stored_bits"]) < 0.1
 
 
 def run(folder: Path, onnx: Path) -> None:
