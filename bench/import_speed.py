@@ -2,7 +2,7 @@
 
     python bench/import_speed.py [--only GLOB] [--size 4096] [--repeat 5] [--folder DIR] [--out FILE]
 
-For each scheme a checkpoint of four square weights with random codes (bench/synthetic.py), read before so that it lies
+For each scheme a checkpoint of sixteen square weights with random codes (bench/synthetic.py), read before so that it lies
 in the page cache. Columns:
 
 - ``parts_1``, ``parts_2``: the parts of every weight made, by one thread and by two; ``core`` is the rate by the time
@@ -65,7 +65,7 @@ def written(path: Path, target: Path) -> None:
 def measure(scheme: str, folder: Path, size: int, repeat: int) -> dict[str, Any]:
     """Rates in GB of source bytes a second."""
     path, target = folder / scheme, folder / "target"
-    nbytes = synthetic.write(path, scheme, synthetic.square(4, size))
+    nbytes = synthetic.write(path, scheme, synthetic.square(16, size))
     source = checkpoint.open(path)
     items = read(source)[0].items
     makers = [item.make for item in items if item.entry is not None]
