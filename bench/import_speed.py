@@ -2,8 +2,8 @@
 
     python bench/import_speed.py [--only GLOB] [--size 4096] [--repeat 5] [--folder DIR] [--out FILE]
 
-For each scheme a checkpoint of sixteen square weights with random codes (bench/synthetic.py), read before so that it lies
-in the page cache. Columns:
+For each scheme a checkpoint of sixteen square weights with random codes (bench/synthetic.py), read before so that it
+lies in the page cache. Columns:
 
 - ``parts_1``, ``parts_2``: the parts of every weight made, by one thread and by two; ``core`` is the rate by the time
   that cores spent on it, which says more on a machine that does other work.
