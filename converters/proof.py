@@ -36,7 +36,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from qformat import checkpoint, codecs, manifest, weight
+from qformat import checkpoint, manifest, weight
 from qformat.checkpoint import Checkpoint
 from qformat.dtypes import NUMPY, Array
 from qformat.errors import DamagedError, QformatError, UnsupportedError
@@ -235,11 +235,11 @@ def rows_of(whole: PackedWeight) -> Rows:
 
     @functools.lru_cache(maxsize=1)
     def uncut(number: int) -> Array:
-        return _flat(one, matrix(number).decode(decoder=fast))
+        return _flat(one, matrix(number).decode(decoder=native.decode))
 
     def cut(number: int, start: int, stop: int) -> Array:
         try:
-            return _flat(one, matrix(number).slice(int(entry.transposed), start, stop).decode(decoder=fast))
+            return _flat(one, matrix(number).slice(int(entry.transposed), start, stop).decode(decoder=native.decode))
         except UnsupportedError:
             return uncut(number)[start:stop]
 
@@ -270,9 +270,3 @@ def laid(entry: Entry, array: Array) -> Rows:
         return found
 
     return rows
-
-
-def fast(codec: codecs.Codec, params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> Array:
-    """The native decoder where there is one, equal to the reference."""
-    matrix = native.matrix(codec.NAME, params, shape, parts)
-    return codec.decode(params, shape, parts) if matrix is None else matrix.decode(threads=1)

@@ -162,12 +162,47 @@ def _address(array: Array) -> int:
     return array.ctypes.data
 
 
+class Operand:
+    """What rows can be multiplied with and taken from: ``head`` is its C structure, ``PREFIX`` begins the names of the
+    library's functions for it.
+    """
+
+    PREFIX = ""
+    head: Structure
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def embedding(self, rows: Array, *, threads: int = 0) -> Array:
+        """The given rows, integers [n]: float32 [n, cols]."""
+        wanted = np.ascontiguousarray(rows, np.int64)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.shape[0]:
+            raise DamagedError(f"rows below {self.shape[0]}", f"{wanted.min()} to {wanted.max()}")
+        out = np.empty((wanted.size, self.shape[1]), np.float32)
+        call(f"{self.PREFIX}_embedding", ctypes.addressof(self.head), wanted, wanted.size, out, threads)
+        return out
+
+    def linear(self, x: Array, *, out: Array | None = None, threads: int = 0) -> Array:
+        """float32 [..., cols] times the transposed matrix: float32 [..., rows]."""
+        rows, cols = self.shape
+        if x.shape[-1] != cols or x.dtype != np.float32:
+            raise DamagedError(f"float32 of {cols} columns", f"{x.dtype} of {x.shape[-1]}")
+        x = np.ascontiguousarray(x)
+        if out is None:
+            out = np.empty((*x.shape[:-1], rows), np.float32)
+        assert out.dtype == np.float32 and out.shape == (*x.shape[:-1], rows)
+        call(f"{self.PREFIX}_linear", ctypes.addressof(self.head), x, x.size // cols, out, threads)
+        return out
+
+
 @dataclass(frozen=True)
-class Matrix:
+class Matrix(Operand):
     """A packed matrix ``[rows, cols]`` for the library. ``head`` is its C structure, ``held`` what that points into."""
 
+    PREFIX = "qf"
     head: Structure
-    held: tuple[Array, ...]
+    held: tuple[Any, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -185,27 +220,6 @@ class Matrix:
         call("qf_decode", ctypes.addressof(self.head), first, last, out, threads)
         return out[start - first : stop - first]
 
-    def embedding(self, rows: Array, *, threads: int = 0) -> Array:
-        """The given rows, integers [n]: float32 [n, cols]."""
-        wanted = np.ascontiguousarray(rows, np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.shape[0]:
-            raise DamagedError(f"rows below {self.shape[0]}", f"{wanted.min()} to {wanted.max()}")
-        out = np.empty((wanted.size, self.shape[1]), np.float32)
-        call("qf_embedding", ctypes.addressof(self.head), wanted, wanted.size, out, threads)
-        return out
-
-    def linear(self, x: Array, *, out: Array | None = None, threads: int = 0) -> Array:
-        """float32 [..., cols] times the transposed matrix: float32 [..., rows]."""
-        rows, cols = self.shape
-        if x.shape[-1] != cols or x.dtype != np.float32:
-            raise DamagedError(f"float32 of {cols} columns", f"{x.dtype} of {x.shape[-1]}")
-        x = np.ascontiguousarray(x)
-        if out is None:
-            out = np.empty((*x.shape[:-1], rows), np.float32)
-        assert out.dtype == np.float32 and out.shape == (*x.shape[:-1], rows)
-        call("qf_linear", ctypes.addressof(self.head), x, x.size // cols, out, threads)
-        return out
-
 
 def matrix(codec: str, params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> Matrix | None:
     """The matrix that ``parts`` (as for the codec's ``decode``) hold, for the library; None where it has no kernel.
@@ -219,6 +233,12 @@ def matrix(codec: str, params: Any, shape: tuple[int, int], parts: Mapping[str, 
             raise DamagedError(f"{part.name} {list(part.shape)}", str(list(parts[part.name].shape)))
     arrays = {name: np.ascontiguousarray(array) for name, array in parts.items()}
     return binding(codec).matrix(params, shape, arrays)  # type: ignore[no-any-return]
+
+
+def decode(codec: codecs.Codec, params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> Array:
+    """The codec's ``decode``, by the library where it has a kernel, on one thread."""
+    found = matrix(codec.NAME, params, shape, parts)
+    return codec.decode(params, shape, parts) if found is None else found.decode(threads=1)
 
 
 def binding(codec: str) -> Any:

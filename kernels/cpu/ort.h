@@ -21,12 +21,10 @@ enum : int32_t { ANY = 0, FLOAT = 1, INT64 = 7 };
 
 // Places of functions in the table, and their types.
 typedef Status* (*CreateStatus)(int32_t code, const char* message);                                      // 0
-typedef const char* (*GetErrorMessage)(const Status*);                                                   // 2
 typedef Status* (*CreateDomain)(const char* name, Domain** out);                                         // 26
 typedef Status* (*DomainAdd)(Domain*, const struct CustomOp*);                                           // 27
 typedef Status* (*AddDomain)(SessionOptions*, Domain*);                                                  // 28
 typedef Status* (*GetData)(Value*, void** out);                                                          // 51
-typedef Status* (*GetElementType)(const TypeAndShape*, int32_t* out);                                    // 60
 typedef Status* (*GetDimensionsCount)(const TypeAndShape*, size_t* out);                                 // 61
 typedef Status* (*GetDimensions)(const TypeAndShape*, int64_t* out, size_t count);                       // 62
 typedef Status* (*GetTypeAndShape)(const Value*, TypeAndShape** out);                                    // 65

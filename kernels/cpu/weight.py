@@ -12,7 +12,6 @@ import numpy as np
 
 from qformat import codecs, rotation, tables
 from qformat.dtypes import Array
-from qformat.errors import DamagedError
 from qformat.manifest import Entry
 from qformat.rotation import Side
 from qformat.weight import check_parts, matrix_shape, term_parts, terms_of
@@ -48,11 +47,12 @@ class Whole(Structure):  # qf_weight
 
 
 @dataclass(frozen=True)
-class Weight:
+class Weight(native.Operand):
     """A weight ``[rows, cols]`` for the library. ``head`` is its C structure, ``held`` what that points into;
     ``packed`` is false where a term has no kernel and lies there decoded.
     """
 
+    PREFIX = "qf_weight"
     head: Whole
     held: tuple[Any, ...]
     packed: bool
@@ -60,25 +60,6 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.head.rows, self.head.cols
-
-    def linear(self, x: Array, *, threads: int = 0) -> Array:
-        """float32 [..., cols] times the transposed weight: float32 [..., rows]."""
-        rows, cols = self.shape
-        if x.shape[-1] != cols or x.dtype != np.float32:
-            raise DamagedError(f"float32 of {cols} columns", f"{x.dtype} of {x.shape[-1]}")
-        x = np.ascontiguousarray(x)
-        y = np.empty((*x.shape[:-1], rows), np.float32)
-        native.call("qf_weight_linear", ctypes.addressof(self.head), x, x.size // cols, y, threads)
-        return y
-
-    def embedding(self, rows: Array, *, threads: int = 0) -> Array:
-        """The given rows, integers [n]: float32 [n, cols]."""
-        wanted = np.ascontiguousarray(rows, np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.shape[0]:
-            raise DamagedError(f"rows below {self.shape[0]}", f"{wanted.min()} to {wanted.max()}")
-        out = np.empty((wanted.size, self.shape[1]), np.float32)
-        native.call("qf_weight_embedding", ctypes.addressof(self.head), wanted, wanted.size, out, threads)
-        return out
 
 
 def weight(entry: Entry, parts: Mapping[str, Array], name: str = "") -> Weight:
@@ -92,7 +73,7 @@ def weight(entry: Entry, parts: Mapping[str, Array], name: str = "") -> Weight:
     outside: list[native.Matrix] = []
     for prefix, term, is_outside in terms_of(entry):
         codec, params = codecs.read_params(term)
-        arrays = term_parts(codec, params, matrix_shape(entry), parts, prefix, _decode)
+        arrays = term_parts(codec, params, matrix_shape(entry), parts, prefix, native.decode)
         (outside if is_outside else inside).append(_matrix(codec, params, matrix_shape(entry), arrays))
     packed = not any(isinstance(matrix.head, Dense) for matrix in (*inside, *outside))
     if entry.rotation is None:
@@ -110,11 +91,6 @@ def weight(entry: Entry, parts: Mapping[str, Array], name: str = "") -> Weight:
     return Weight(head, (stored, *outside, also, *kept_in, *kept_out), packed)
 
 
-def _decode(codec: codecs.Codec, params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> Array:
-    matrix = native.matrix(codec.NAME, params, shape, parts)
-    return codec.decode(params, shape, parts) if matrix is None else matrix.decode()
-
-
 def _matrix(codec: codecs.Codec, params: Any, shape: tuple[int, int], parts: Mapping[str, Array]) -> native.Matrix:
     """A term's matrix; decoded by its definition where the library has no kernel for its settings."""
     matrix = native.matrix(codec.NAME, params, shape, parts)
@@ -129,7 +105,7 @@ def _sum(terms: Sequence[native.Matrix], dtype: str) -> native.Matrix:
     pointers = _pointers(terms)
     head = native.Head(6, *terms[0].shape, *units)
     whole = Sum(head, ctypes.addressof(pointers), len(terms), native.DTYPES[dtype])
-    return native.Matrix(whole, (pointers, *terms))  # type: ignore[arg-type]
+    return native.Matrix(whole, (pointers, *terms))
 
 
 def _pointers(matrices: Sequence[native.Matrix]) -> Any:
