@@ -1,8 +1,8 @@
 // The C interface of the native library: what kernels/native.py and kernels/cpu/*.py call through ctypes.
 //
-// Nothing here knows Python or torch, and ort.cpp alone knows ONNX Runtime. All arrays are C-contiguous but where strides
-// are given; the caller owns all memory and has checked every size. A function returns QF_OK, or QF_UNSUPPORTED for settings it has no kernel for, or QF_NO_MEMORY.
-// `threads` = 0 means one per core; no result depends on it.
+// Nothing here knows Python or torch, and ort.cpp alone knows ONNX Runtime. All arrays are C-contiguous but where
+// strides are given; the caller owns all memory and has checked every size. A function returns QF_OK, or QF_UNSUPPORTED
+// for settings it has no kernel for, or QF_NO_MEMORY. `threads` = 0 means one per core; no result depends on it.
 #pragma once
 #include <stdint.h>
 
